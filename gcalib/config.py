@@ -1,0 +1,205 @@
+"""What a run is (`RunConfig`), what a notebook is asked to do (`Profile`), and the id that names a run.
+
+Imports nothing of the package: every other file may read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PARAMS = Path("params")
+
+
+class RunConfig(BaseModel):
+    """Everything that decides the figures of one training run.
+
+    Fields that do not decide figures (where to store, how many workers) are arguments of `run` and
+    `run_grid` instead. Defaults are the settings of the study, not those of any published code.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        For an unknown field or a value out of range; the message names the field.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # What is learned from
+    pair: str = Field(description="name or path understood by `gcalib.load_pair`")
+    ties: Literal["shuffle", "published"] = Field(
+        "shuffle", description="order of events of one user that share a time stamp"
+    )
+    tie_seed: int = Field(0, ge=0, description="seed of the shuffled ties; part of the data, not of the run")
+    max_length: int = Field(50, ge=4, description="events kept a user, the newest ones")
+
+    # What is trained
+    model: Literal["abxi"] = "abxi"
+    gca: tuple[int, ...] = Field((), description="insertion points of gated cross-attention; () is the baseline")
+    gate: Literal["sigmoid", "tanh"] = "sigmoid"
+    heads: int = Field(4, ge=1, description="heads of the gated cross-attention")
+    dim: int = Field(64, ge=2, description="width d of item embeddings and states")
+    hidden: int | None = Field(None, ge=1, description="inner width of the SwiGLU layers; None is 8 round(d / 3)")
+    self_heads: int = Field(2, ge=1, description="heads of the model's own self-attention")
+    dropout: float = Field(0.5, ge=0.0, lt=1.0)
+    domain_rank: int = Field(16, ge=1, description="ABXI: rank of the domain LoRA")
+    invariant_rank: int = Field(64, ge=1, description="ABXI: rank of the invariant LoRA")
+    as_published: bool = Field(
+        False, description="repeat what the official code does where it lets the future leak or attends to padding"
+    )
+
+    # How it is trained
+    epochs: int = Field(300, ge=1, description="the maximum; early stopping usually ends a run before")
+    batch_size: int = Field(256, ge=1, description="users a step")
+    lr: float = Field(1e-3, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0, description="decoupled (AdamW)")
+    warmup_epochs: int = Field(5, ge=0, description="epochs of linear warm-up of the learning rate")
+    plateau_patience: int = Field(5, ge=0, description="epochs without a better validation before lr is cut")
+    plateau_factor: float = Field(0.3162, gt=0.0, le=1.0)
+    stop_patience: int = Field(15, ge=1, description="epochs without a better validation before training stops")
+    select: Literal["full", "s999", "s100"] = Field(
+        "full", description="candidates of the validation MRR, summed over both domains, that picks the best epoch"
+    )
+    negatives: int = Field(1024, ge=2, description="negatives shared by a batch, half of them from each domain")
+    temperature: float = Field(0.75, gt=0.0)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products in autocast")
+    seed: int = Field(0, ge=0)
+
+    @field_validator("gca", mode="before")
+    @classmethod
+    def _insertion_points(cls, value: Any) -> Any:
+        points = [value] if isinstance(value, int) else list(value)
+        if len(set(points)) != len(points):
+            raise ValueError(f"each insertion point may be named once, got {tuple(points)}")
+        return tuple(sorted(points))
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> Self:
+        for name, heads in (("heads", self.heads if self.gca else 1), ("self_heads", self.self_heads)):
+            if self.dim % heads:
+                raise ValueError(f"{name}={heads} does not divide dim={self.dim}; {name} may be {divisors(self.dim)}")
+        if set(self.gca) - {0, 1, 2}:
+            raise ValueError(f"gca={self.gca}: the insertion points are 0 (early), 1 (mid) and 2 (late)")
+        return self
+
+    def but(self, **changes: Any) -> RunConfig:
+        """The same config with some fields changed, validated again."""
+        return RunConfig(**{**self.model_dump(), **changes})
+
+    def canonical(self) -> RunConfig:
+        """The same run with fields that have no effect at their defaults: a baseline has no gate and no heads of one."""
+        if self.gca:
+            return self
+        return self.but(**{name: type(self).model_fields[name].default for name in ("gate", "heads")})
+
+
+def divisors(number: int) -> str:
+    """The divisors of a width, as a readable list: the head counts that fit it.
+
+    >>> divisors(12)
+    '1, 2, 3, 4, 6, 12'
+    """
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def run_id(config: RunConfig, data_sha256: str, results_version: int) -> str:
+    """Name of a run: 16 hexadecimal digits that hash the config, the data and the results version.
+
+    Only fields that differ from their default enter the hash, so that a field added later, with a default
+    that keeps the earlier behaviour, renames no finished run. Changing a default asks for a new results version.
+    """
+    # A folder may be spelt in many ways or renamed: the data's hash speaks for the pair.
+    fields = config.canonical().model_dump(mode="json", exclude_defaults=True, exclude={"pair"})
+    key = json.dumps([fields, data_sha256, results_version], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+class Profile(BaseModel):
+    """What the notebooks run: one YAML file in `params/`, whose keys are the notebooks' parameters.
+
+    `settings` holds `RunConfig` fields shared by every run of the profile; a notebook adds its own on top.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str = Field(description="name of the file in params/, without .yaml")
+    pair: str = Field("synthetic", description="pair that the notebooks of one pair work on")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    store: str = Field("results", description="folder of the run store")
+    workers: int = Field(1, ge=1, description="processes that share the machine's cores")
+    settings: dict[str, Any] = Field(default_factory=dict, description="RunConfig fields")
+
+    @model_validator(mode="after")
+    def _settings_are_valid(self) -> Self:
+        RunConfig(**{"pair": self.pair, **self.settings})
+        return self
+
+    def config(self, **changes: Any) -> RunConfig:
+        """A `RunConfig` of this profile, with `changes` on top of its settings."""
+        return RunConfig(**{"pair": self.pair, "seed": self.seeds[0], **self.settings, **changes})
+
+    def configs(self, *variants: Mapping[str, Any]) -> list[RunConfig]:
+        """One config for each variant and seed, in that order."""
+        return [self.config(**{**variant, "seed": seed}) for variant in variants for seed in self.seeds]
+
+    @classmethod
+    def load(cls, name: str, folder: Path = PARAMS, **overrides: Any) -> Profile:
+        """Read `params/<name>.yaml` and lay `overrides` on top.
+
+        Raises
+        ------
+        ValueError
+            For a profile that does not exist (the message lists those that do), an unknown key, a bad value.
+        """
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        if name not in known:
+            raise ValueError(f"There is no profile {name!r} in {folder}; there are {', '.join(known) or 'none'}.")
+        values = yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
+        return cls._checked({**values, "profile": name, **overrides})
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> Profile:
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            allowed = ", ".join(cls.model_fields)
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
+            )
+            raise ValueError(f"Bad parameters: {faults}. The parameters are {allowed}.") from None
+
+
+def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None) -> Profile:
+    """Validate what a notebook's `parameters` cell (and papermill's injected one) defined.
+
+    Call it in the cell after, with `globals()`: every plain name found there is taken for a parameter, so a
+    misspelt one stops the notebook instead of being ignored. A parameter that is None keeps the profile's value.
+
+    Parameters
+    ----------
+    namespace
+        The notebook's `globals()`; modules, private names and what IPython puts there are passed over.
+    folder
+        Where the profiles are; by default `params/`, looked up in the working directory, then beside the package.
+    """
+    given = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in ("In", "Out", "exit", "quit", "open", "get_ipython", "display")
+        and not isinstance(value, (types.ModuleType, type, types.FunctionType))
+        and value is not None
+    }
+    if "profile" not in given:
+        raise ValueError("The parameters cell must set profile, the name of a file in params/.")
+    folder = folder or next(
+        (path for path in (PARAMS, Path(__file__).parents[1] / PARAMS) if path.is_dir()), PARAMS
+    )
+    return Profile.load(given.pop("profile"), folder, **given)

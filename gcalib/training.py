@@ -1,0 +1,422 @@
+"""Training, evaluation and scoring of any `Recommender`: early stopping, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gcalib.alignment import AlignmentMeter
+from gcalib.attention import tapping
+from gcalib.config import RunConfig
+from gcalib.data.batches import Batch, length_batches, make_batch
+from gcalib.data.pair import Pair, SplitName
+from gcalib.models import Recommender, build_model
+from gcalib.ranking import metrics, rank_among, rank_of_target
+
+log = logging.getLogger("gcalib")
+EVAL_USERS = 512  # users an evaluation batch
+SAMPLED = {"s999": 999, "s100": 100}
+CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+
+
+class DivergedError(RuntimeError):
+    """A run whose loss stopped being a number; nothing of it is recorded."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: Recommender,
+    pair: Pair,
+    split: SplitName,
+    *,
+    protocols: Sequence[str] = ("full", "s999", "s100"),
+    alignment: bool = True,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Rank every user's target and measure every cross-attention, in one pass over the users.
+
+    The sampled protocols are read out of the full ranking's scores. A protocol for which a domain has too few items
+    is left out.
+
+    Returns
+    -------
+    dict
+        `<domain>.<candidates>.<metric>` and `<domain>.gca<point>.<measure>`, domain a or b. Beside `full` stands
+        `full_seen`: the same over targets that occur in training.
+    """
+    device = device or next(model.parameters()).device
+    parts = pair.split(split)
+    sampled = {name: pair.candidates(split, SAMPLED[name]) for name in protocols if name in SAMPLED and _fits(pair, name)}
+    owner = pair.domain_of(parts.targets)
+    ranks = {name: np.zeros(pair.num_users) for name in ("full", *sampled)}
+    meters: dict[str, AlignmentMeter] = {}
+    vectors = [model.item_vectors(domain) for domain in (0, 1)]
+    was_training = model.training
+    model.eval()
+    with tapping(model) as taps:
+        for users in length_batches(parts.lengths, EVAL_USERS, None):
+            states = model(_evaluation_batch(model, [parts.history(user) for user in users]).to(device))
+            for domain in (0, 1):
+                asked = users[owner[users] == domain]
+                if len(asked) == 0:
+                    continue
+                first = 1 + domain * pair.num_items[0]
+                rows = torch.from_numpy(np.flatnonzero(owner[users] == domain)).to(device)
+                scores = states[domain][rows] @ vectors[domain].T
+                target = torch.from_numpy(parts.targets[asked] - first).to(device)
+                excluded = tuple(t.to(device) for t in _interacted(pair, asked, domain))
+                ranks["full"][asked] = rank_of_target(scores, target, excluded).cpu().numpy()
+                of_target = scores.gather(1, target.unsqueeze(1)).squeeze(1)
+                for name, candidates in sampled.items():
+                    others = scores.gather(1, torch.from_numpy(candidates[asked] - first).to(device))
+                    ranks[name][asked] = rank_among(of_target, others).cpu().numpy()
+            if alignment:
+                for tap in taps:
+                    seen = (tap.padded(t) for t in (tap.x, tap.x_prime))
+                    beside = {"y": tap.padded(tap.y), "gate": tap.padded(tap.gate)}
+                    meters.setdefault(tap.name, AlignmentMeter()).update(*seen, tap.real(), **beside)
+            taps.clear()
+    model.train(was_training)
+
+    result: dict[str, float] = {}
+    known = ~pair.unseen_targets(split)
+    full_size = _full_candidates(pair, parts.targets)
+    for domain, letter in enumerate("ab"):
+        mine = owner == domain
+        for name in ranks:
+            size = full_size if name == "full" else np.full(pair.num_users, 1 + SAMPLED[name])
+            _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]) if mine.any() else {})
+        if (mine & known).any():
+            _put(result, f"{letter}.full_seen", metrics(ranks["full"][mine & known], full_size[mine & known]))
+        result[f"{letter}.targets"] = int(mine.sum())
+        result[f"{letter}.targets_unseen"] = int((mine & ~known).sum())
+    for name, meter in meters.items():
+        _put(result, name, meter.result())
+    return result
+
+
+def _put(result: dict[str, float], prefix: str, values: dict[str, float]) -> None:
+    result.update({f"{prefix}.{name}": value for name, value in values.items()})
+
+
+def _fits(pair: Pair, protocol: str) -> bool:
+    longest = int(pair.lengths.max())
+    return min(pair.num_items) - longest >= SAMPLED[protocol]
+
+
+def _evaluation_batch(model: Recommender, histories: list[np.ndarray]) -> Batch:
+    return make_batch(
+        histories, model.num_items[0], window=model.window, training=False, as_published=model.as_published
+    )
+
+
+def _interacted(pair: Pair, users: np.ndarray, domain: int) -> tuple[Tensor, Tensor]:
+    """(row, column) of all items of the domain that the users interacted with, the target among them."""
+    lengths = pair.lengths[users]
+    rows = np.repeat(np.arange(len(users)), lengths)
+    events = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(pair.offsets[users], lengths)
+    items = pair.items[events]
+    mine = pair.domain_of(items) == domain
+    first = 1 + domain * pair.num_items[0]
+    return torch.from_numpy(rows[mine]), torch.from_numpy(items[mine] - first)
+
+
+def _full_candidates(pair: Pair, targets: np.ndarray) -> np.ndarray:
+    """Candidates of the full protocol for each user: the target's domain less what else the user interacted with."""
+    owner = np.repeat(np.arange(pair.num_users), pair.lengths)
+    domain = pair.domain_of(targets)
+    same = pair.domain_of(pair.items) == domain[owner]
+    pairs = np.unique(np.stack([owner[same], pair.items[same]]), axis=1)
+    others = np.bincount(pairs[0], minlength=pair.num_users) - 1
+    size: np.ndarray = np.asarray(pair.num_items)[domain] - others
+    return size
+
+
+@torch.no_grad()
+def score(model: Recommender, pair: Pair, histories: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    """Scores of every item of both domains as the next event of each history.
+
+    Parameters
+    ----------
+    histories
+        Item ids, oldest first; of a long history the model looks at the newest `model.window` events.
+
+    Returns
+    -------
+    np.ndarray
+        float32 (len(histories), 1 + nA + nB). Column i is item i; column 0, padding, is minus infinity. Scores
+        compare items of one domain; across domains they are comparable only as far as training made them so.
+
+    Raises
+    ------
+    ValueError
+        For an empty history, or an id outside 1..nA+nB; the message names the history.
+    """
+    total = sum(pair.num_items)
+    arrays = [np.asarray(history, dtype=np.int64) for history in histories]
+    for number, history in enumerate(arrays):
+        if history.ndim != 1 or len(history) == 0:
+            raise ValueError(f"History {number} must be a list of at least one item id.")
+        if history.min() < 1 or history.max() > total:
+            raise ValueError(f"History {number} holds an item id outside 1..{total}, the items of {pair.name}.")
+    result = np.full((len(arrays), 1 + total), -np.inf, dtype=np.float32)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    for users in length_batches(np.array([len(a) for a in arrays], dtype=np.int64), EVAL_USERS, None):
+        states = model(_evaluation_batch(model, [arrays[user] for user in users]).to(device))
+        both = [state @ model.item_vectors(domain).T for domain, state in enumerate(states)]
+        result[users, 1:] = torch.cat(both, dim=1).float().cpu().numpy()
+    model.train(was_training)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class Fit:
+    """What `fit` hands back: the model at its best epoch, and how it got there (one dict an epoch, 0 = untrained)."""
+
+    model: Recommender
+    curves: list[dict[str, float]]
+    best_epoch: int
+    stopped_early: bool
+    seconds: float
+
+
+@dataclass
+class _State:
+    """Everything that a resumed run needs and that torch does not keep itself."""
+
+    epoch: int = 0
+    best: float = -math.inf
+    best_epoch: int = 0
+    waited: int = 0  # epochs since the best
+    waited_at_lr: int = 0  # epochs since the best or the last cut of the learning rate
+    cuts: int = 0
+    seconds: float = 0.0
+    curves: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate(config: RunConfig, epoch: int, cuts: int) -> float:
+    """Linear warm-up over the first epochs (from 1), then a plateau factor for each cut.
+
+    >>> learning_rate(RunConfig(pair="synthetic", lr=0.6, warmup_epochs=2), epoch=1, cuts=0)
+    0.2
+    """
+    warm = min(1.0, epoch / (config.warmup_epochs + 1))
+    return config.lr * warm * config.plateau_factor**cuts
+
+
+def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: int) -> Tensor:
+    """Item ids, half from each domain (or the whole domain where it is smaller), none twice."""
+    nA, nB = num_items
+    drawn = [rng.choice(size, min(size, count // 2), replace=False, shuffle=False) for size in (nA, nB)]
+    return torch.from_numpy(np.concatenate([1 + drawn[0], 1 + nA + drawn[1]]))
+
+
+class Trainer:
+    """One model, its optimiser and its data; `epoch()` makes one pass over the users.
+
+    Parameters
+    ----------
+    device
+        Where to train.
+    """
+
+    def __init__(self, config: RunConfig, pair: Pair, device: torch.device) -> None:
+        self.config, self.pair, self.device = config, pair, device
+        self.model = build_model(config, pair).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.rng = np.random.default_rng([config.seed, 1])
+        training = pair.split("val")  # its histories are all that training may see
+        self.sequences = [training.history(user) for user in range(pair.num_users)]
+        self.lengths = training.lengths
+
+    def batch(self, users: np.ndarray) -> Batch:
+        """Training batch of some users."""
+        model = self.model
+        return make_batch(
+            [self.sequences[user] for user in users], self.pair.num_items[0], window=model.window, training=True,
+            tails=model.reads_tails, as_published=model.as_published,
+        ).to(self.device)  # fmt: skip
+
+    def step(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns the two domains' losses before it."""
+        negatives = draw_negatives(self.rng, self.pair.num_items, self.config.negatives).to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            loss_a, loss_b = self.model.loss(self.batch(users), negatives)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss_a + loss_b).backward()
+        self.optimizer.step()
+        return loss_a.detach(), loss_b.detach()
+
+    def epoch(self, lr: float) -> dict[str, float]:
+        """One pass over all users; returns the mean losses.
+
+        Raises
+        ------
+        DivergedError
+            As soon as an epoch's loss is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        total = torch.zeros(2, device=self.device)
+        for users in length_batches(self.lengths, self.config.batch_size, self.rng):
+            total += torch.stack(self.step(users)).float() * (len(users) / self.pair.num_users)
+        loss_a, loss_b = total.tolist()
+        if not math.isfinite(loss_a + loss_b):
+            raise DivergedError(f"The loss is no longer finite at learning rate {lr:g}: lower lr, or warm up longer.")
+        return {"loss_a": loss_a, "loss_b": loss_b, "lr": lr}
+
+
+def fit(
+    config: RunConfig,
+    pair: Pair,
+    *,
+    device: torch.device | str = "auto",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+) -> Fit:
+    """Train until the validation MRR, summed over both domains, has not improved for `config.stop_patience` epochs.
+
+    Parameters
+    ----------
+    checkpoint
+        File to resume from if it exists, rewritten after epochs (so rarely that it costs at most a twentieth of the
+        time), left in place at the end. A resumed run ends bit for bit where an uninterrupted one does, on a CPU
+        with the same number of threads.
+    on_epoch
+        Called with the number of each finished epoch, after its checkpoint.
+
+    Raises
+    ------
+    DivergedError
+        If the loss stops being finite.
+    """
+    device = pick_device(device) if isinstance(device, str) else device
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        return _fit(config, pair, device, checkpoint, on_epoch)
+
+
+def _fit(
+    config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path | None, on_epoch: Callable[[int], None] | None
+) -> Fit:
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, pair, device)
+    state, best_model = _State(), copy.deepcopy(trainer.model.state_dict())
+    if checkpoint is not None and checkpoint.exists():
+        state, best_model = _restore(checkpoint, trainer)
+        log.info("%s: resumed after epoch %d", checkpoint.stem, state.epoch)
+    started, saved, save_cost = time.perf_counter() - state.seconds, -math.inf, 0.0
+    protocols = tuple({"full", config.select})
+
+    def validate() -> dict[str, float]:
+        found = evaluate(trainer.model, pair, "val", protocols=protocols, device=device)
+        if f"a.{config.select}.mrr" not in found:
+            raise ValueError(f"select={config.select!r} needs more items a domain than {pair.name} has: use 'full'.")
+        return {f"val.{name}": value for name, value in found.items()}
+
+    if state.epoch == 0:
+        state.curves.append({"epoch": 0, **validate()})
+    bar = tqdm(total=config.epochs, initial=state.epoch, unit="epoch", disable=not sys.stderr.isatty(), leave=False)
+    while state.epoch < config.epochs and state.waited < config.stop_patience:
+        state.epoch += 1
+        row = {"epoch": state.epoch, **trainer.epoch(learning_rate(config, state.epoch, state.cuts)), **validate()}
+        state.curves.append(row)
+        quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
+        if quality > state.best:
+            state.best, state.best_epoch, state.waited, state.waited_at_lr = quality, state.epoch, 0, 0
+            best_model = copy.deepcopy(trainer.model.state_dict())
+        elif state.epoch > config.warmup_epochs:
+            state.waited += 1
+            state.waited_at_lr += 1
+            if state.waited_at_lr > config.plateau_patience:
+                state.cuts, state.waited_at_lr = state.cuts + 1, 0
+        state.seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        if checkpoint is not None and save_cost <= CHECKPOINT_SHARE * (now - saved):
+            _save(checkpoint, trainer, state, best_model)
+            saved, save_cost = now, time.perf_counter() - now
+        loss = row["loss_a"] + row["loss_b"]
+        log.info(
+            "%s epoch %d: loss %.4f, val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s",
+            checkpoint.stem if checkpoint else config.model, state.epoch, loss, quality, state.best,
+            state.best_epoch, row["lr"], state.seconds,
+        )  # fmt: skip
+        bar.set_postfix(loss=f"{loss:.3f}", mrr=f"{quality:.4f}", best=state.best_epoch)
+        bar.update()
+        if on_epoch is not None:
+            on_epoch(state.epoch)
+    bar.close()
+    trainer.model.load_state_dict(best_model)
+    return Fit(
+        trainer.model, state.curves, state.best_epoch, state.waited >= config.stop_patience,
+        time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Tensor]) -> None:
+    """Write a checkpoint beside its place and rename it, so that a reader finds the old one or the new one, whole."""
+    content = {
+        "config": trainer.config.model_dump(mode="json"),
+        "data_sha256": trainer.pair.sha256,
+        "state": vars(state),
+        "model": trainer.model.state_dict(),
+        "best_model": best_model,
+        "optimizer": trainer.optimizer.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if trainer.device.type == "cuda" else None,
+        "sampler": trainer.rng.bit_generator.state,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _restore(path: Path, trainer: Trainer) -> tuple[_State, dict[str, Tensor]]:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"The checkpoint {path} cannot be read ({error}): delete it to start the run anew.") from error
+    if content["config"] != trainer.config.model_dump(mode="json") or content["data_sha256"] != trainer.pair.sha256:
+        raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one anew.")
+    trainer.model.load_state_dict(content["model"])
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["torch_rng"])
+    if trainer.device.type == "cuda" and content["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(content["cuda_rng"])
+    trainer.rng.bit_generator.state = content["sampler"]
+    best_model = {name: tensor.to(trainer.device) for name, tensor in content["best_model"].items()}
+    return _State(**content["state"]), best_model
