@@ -180,10 +180,15 @@ def load_curves(store: str | Path = "results", run_ids: Sequence[str] | None = N
 
 
 def record_sha256(record: dict[str, Any]) -> str:
-    """Hash of a record without its circumstances."""
-    content = {key: value for key, value in record.items() if key not in CIRCUMSTANCES}
-    content = {key: None if _equal(value, None) else value for key, value in content.items()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
+    """Hash of a record without its circumstances; a row of `load_results` hashes like the record it was read from."""
+    content = {}
+    for key, value in record.items():
+        if key in CIRCUMSTANCES or _equal(value, None):
+            continue  # a frame has the columns of all its runs: what a record lacks is missing there
+        if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+            value = float(value)  # and a column with gaps holds its integers as floats
+        content[key] = list(value) if isinstance(value, (tuple, np.ndarray)) else value
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=bool).encode()).hexdigest()
 
 
 def trace(records: Iterable[dict[str, Any]]) -> None:

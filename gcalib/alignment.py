@@ -1,0 +1,258 @@
+"""How the update X' of a cross-attention stands to its input X: cosines, their null levels, and the split of X'.
+
+The paper writes `|cos(X, X')| = (1 / (B l)) sum cos(x, x')` (arXiv 2510.09435). The bars can be read in three ways,
+which are reported apart: the mean of cos, the absolute value of that mean, the mean of the absolute values. They differ
+much: independent directions have a mean of 0 but a mean absolute value well above.
+
+A cosine says something only against what it would be if X' had nothing to do with X. Three nulls:
+
+1. `null_mean_abs`, analytic: E|cos| of two independent directions, uniform on the sphere of R^d, is
+   `Gamma(d / 2) / (sqrt(pi) Gamma((d + 1) / 2))`, close to `sqrt(2 / (pi d))`: 0.100 at d = 64, 0.050 at d = 256.
+2. `null_perm_signed`, `null_perm_mean_abs`, by permutation: X' of another user at the same position. It keeps what all
+   users share, such as a common direction of all updates, which the analytic null knows nothing about.
+3. The same module at its initialisation: measure the untrained module with another `AlignmentMeter`.
+
+`INVARIANT_TO` declares what each measure ignores; the tests hold it to that, in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+BLOCK = 2**16  # numbers of a tensor measured at a time, in float64, where no square of a float32 over- or underflows
+_ROTATION = "rotation"  # of X, X' and Y together, by one orthogonal matrix
+_SCALE_X = "scale_x"  # each x by a positive number of its own
+_SCALE_X_PRIME = "scale_x_prime"  # likewise each x'
+_FLIP = "flip"  # the sign of all X' at once
+_FLIP_EACH = "flip_each"  # the sign of each x' on its own
+_DIRECTIONS = frozenset({_ROTATION, _SCALE_X, _SCALE_X_PRIME})
+_SIGNS = frozenset({_FLIP, _FLIP_EACH})
+INVARIANT_TO: dict[str, frozenset[str]] = {
+    "cos_signed": _DIRECTIONS,
+    "cos_abs_of_mean": _DIRECTIONS | {_FLIP},
+    "cos_mean_abs": _DIRECTIONS | _SIGNS,
+    "null_mean_abs": _DIRECTIONS | _SIGNS,
+    "null_perm_signed": _DIRECTIONS,
+    "null_perm_mean_abs": _DIRECTIONS | _SIGNS,
+    "cos_xy_signed": _DIRECTIONS | _SIGNS,  # X' does not enter
+    "cos_xy_abs_of_mean": _DIRECTIONS | _SIGNS,
+    "cos_xy_mean_abs": _DIRECTIONS | _SIGNS,
+    "norm_x": frozenset({_ROTATION, _SCALE_X_PRIME}) | _SIGNS,
+    "norm_x_prime": frozenset({_ROTATION, _SCALE_X}) | _SIGNS,
+    "norm_along": frozenset({_ROTATION, _SCALE_X}) | _SIGNS,
+    "norm_across": frozenset({_ROTATION, _SCALE_X}) | _SIGNS,
+    "gated_norm_along": frozenset({_SCALE_X}) | _SIGNS,  # the gate works feature by feature, which a rotation mixes
+    "gated_norm_across": frozenset({_SCALE_X}) | _SIGNS,
+}
+
+
+def cosine(
+    x: Float[Tensor, "batch length dim"],
+    x_prime: Float[Tensor, "batch length dim"],
+    mask: Bool[Tensor, "batch length"],
+    *,
+    y: Float[Tensor, "batch length dim"] | None = None,
+    gate: Float[Tensor, "batch length dim"] | None = None,
+) -> dict[str, float]:
+    """Alignment of X' with X over the real positions of one batch.
+
+    Parameters
+    ----------
+    x, x_prime
+        Queries of a cross-attention and what it returned for them.
+    mask
+        True at real positions; padding may stand on either side.
+    y
+        What stands beside x in the other domain, zero where nothing does.
+    gate
+        The gate that multiplies X'.
+
+    Returns
+    -------
+    dict
+        - `cos_signed`, `cos_abs_of_mean`, `cos_mean_abs`: mean of cos(x, x'), its absolute value, mean of |cos|.
+        - `null_mean_abs`, `null_perm_signed`, `null_perm_mean_abs`: the nulls of the module's docstring.
+        - `norm_x`, `norm_x_prime`, `norm_along`, `norm_across`: mean Euclidean norms of x, of x', and of the components
+          of x' along x and across it.
+        - with y: `cos_xy_signed`, `cos_xy_abs_of_mean`, `cos_xy_mean_abs`, where y is not zero.
+        - with gate: `gated_norm_along`, `gated_norm_across`, the same split of gate * x'.
+        - `rows`: positions measured. `rows_without_update`, `rows_without_x`: real positions where x', or x, is exactly
+          zero, so that there is no direction; they enter no cosine and no norm.
+
+        A mean over no position at all is nan.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, no position is real, or a value at a real position is not finite.
+
+    Examples
+    --------
+    One user, two positions: x' at a right angle to x, then along it.
+
+    >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    >>> x_prime = torch.tensor([[[0.0, 3.0], [0.0, 1.0]]])
+    >>> found = cosine(x, x_prime, torch.tensor([[True, True]]))
+    >>> found["cos_signed"], found["norm_along"], found["norm_across"], round(found["null_mean_abs"], 4)
+    (0.5, 0.5, 1.5, 0.6366)
+    """
+    meter = AlignmentMeter()
+    meter.update(x, x_prime, mask, y=y, gate=gate)
+    return meter.result()
+
+
+class AlignmentMeter:
+    """The measures of `cosine` over many batches: `update` with each, then `result`.
+
+    The permutation null exchanges users within a batch, so it depends on how users were batched.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # left on the device, so that no batch waits for a copy
+        self._counts: dict[str, int] = {}
+        self._rows = {"rows": 0, "rows_without_update": 0, "rows_without_x": 0}
+        self._dim: int | None = None
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        x_prime: Float[Tensor, "batch length dim"],
+        mask: Bool[Tensor, "batch length"],
+        y: Float[Tensor, "batch length dim"] | None = None,
+        gate: Float[Tensor, "batch length dim"] | None = None,
+    ) -> None:
+        """Take in one batch; see `cosine` for the arguments. A batch without a real position adds nothing.
+
+        Raises
+        ------
+        ValueError
+            As `cosine`, and if the width differs from that of earlier batches.
+        """
+        given = {"x": x, "x_prime": x_prime, "y": y, "gate": gate}
+        padded = {name: values.detach() for name, values in given.items() if values is not None}
+        self._check(padded, mask)
+        real = {name: values[mask] for name, values in padded.items()}
+        nonzero = {name: _nonzero_rows(name, values, mask) for name, values in real.items()}
+        kept = nonzero["x"] & nonzero["x_prime"]
+        self._rows["rows"] += int(kept.sum())
+        self._rows["rows_without_update"] += int((~nonzero["x_prime"]).sum())
+        self._rows["rows_without_x"] += int((~nonzero["x"]).sum())
+        # Small blocks of rows: what is made on the way then stays in the cache.
+        step = max(1, BLOCK // x.shape[2])
+        if "y" in real:
+            for rows in (nonzero["x"] & nonzero["y"]).nonzero().squeeze(1).split(step):
+                self._add_cosines("cos_xy", _cosines(real["x"][rows].double(), real["y"][rows].double()))
+        measured = kept.nonzero().squeeze(1)
+        other, several = _other_user(_age(mask)[mask][kept])
+        for block in torch.arange(len(measured), device=x.device).split(step):
+            rows = measured[block]
+            X, P = real["x"][rows].double(), real["x_prime"][rows].double()
+            self._add_cosines("cos", _cosines(X, P))
+            null = _cosines(X, real["x_prime"][measured[other[block]]].double())[several[block]]
+            self._add("null_perm_signed", null)
+            self._add("null_perm_mean_abs", null.abs())
+            self._add("norm_x", _norm(X))
+            self._add("norm_x_prime", _norm(P))
+            self._add_split("norm", X, P)
+            if "gate" in real:
+                self._add_split("gated_norm", X, real["gate"][rows].double() * P)
+
+    def result(self) -> dict[str, float]:
+        """All measures so far, as `cosine` returns them.
+
+        Raises
+        ------
+        ValueError
+            If no batch had a real position.
+        """
+        if self._dim is None or not sum(self._rows.values()):
+            raise ValueError("There is nothing to measure: the mask has no real position.")
+        found = {"null_mean_abs": null_mean_abs(self._dim), **self._rows}
+        for name, total in self._sums.items():
+            found[name] = float(total) / (self._counts[name] or math.nan)
+            if name in ("cos_signed", "cos_xy_signed"):
+                found[name.replace("signed", "abs_of_mean")] = abs(found[name])
+        return found
+
+    def _check(self, given: dict[str, Tensor], mask: Tensor) -> None:
+        x = given["x"]
+        if x.dim() != 3 or any(values.shape != x.shape for values in given.values()):
+            shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in given.items())
+            raise ValueError(f"All must have one shape (batch, length, dim), but there are {shapes}.")
+        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool {tuple(x.shape[:2])}.")
+        if self._dim not in (None, x.shape[2]):
+            raise ValueError(f"x is {x.shape[2]} wide, earlier batches were {self._dim}.")
+        self._dim = x.shape[2]
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + values.sum()
+        self._counts[name] = self._counts.get(name, 0) + len(values)
+
+    def _add_cosines(self, name: str, cosines: Tensor) -> None:
+        self._add(f"{name}_signed", cosines)
+        self._add(f"{name}_mean_abs", cosines.abs())
+
+    def _add_split(self, name: str, x: Tensor, update: Tensor) -> None:
+        """Norms of the component of `update` along x, `(update . x / x . x) x`, and of the rest."""
+        along = ((update * x).sum(dim=1) / (x * x).sum(dim=1)).unsqueeze(1) * x
+        self._add(f"{name}_along", _norm(along))
+        self._add(f"{name}_across", _norm(update - along))
+
+
+def null_mean_abs(dim: int) -> float:
+    """E|cos| of two independent uniform directions in R^dim: `Gamma(dim / 2) / (sqrt(pi) Gamma((dim + 1) / 2))`.
+
+    >>> round(null_mean_abs(64), 4), round(math.sqrt(2 / (math.pi * 64)), 4)
+    (0.1001, 0.0997)
+    """
+    return math.exp(math.lgamma(dim / 2) - math.lgamma((dim + 1) / 2)) / math.sqrt(math.pi)
+
+
+def _nonzero_rows(
+    name: str, rows: Float[Tensor, "rows dim"], mask: Bool[Tensor, "batch length"]
+) -> Bool[Tensor, " rows"]:
+    """Which rows have a direction at all; raises at one that is not finite."""
+    largest = rows.abs().amax(dim=1)
+    if not torch.isfinite(largest).all():
+        place = mask.nonzero()[int((~torch.isfinite(largest)).nonzero()[0])].tolist()
+        raise ValueError(f"{name} is not finite at (user, position) {tuple(place)}.")
+    nonzero: Tensor = largest > 0
+    return nonzero
+
+
+def _norm(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+    return (rows * rows).sum(dim=1).sqrt()  # several times faster than torch's norm of float64 rows
+
+
+def _cosines(x: Float[Tensor, "rows dim"], other: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+    return (x * other).sum(dim=1) / (_norm(x) * _norm(other))
+
+
+def _age(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """1 for a user's newest real position, 2 for the one before: the same wherever the padding stands."""
+    return mask.flip(1).cumsum(dim=1).flip(1)
+
+
+def _other_user(age: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """For each row the next row of the same age, the last one being followed by the first.
+
+    No user has two rows of one age, so the next row is another user's, unless it is the row itself: the second result
+    is False there.
+    """
+    order = torch.argsort(age, stable=True)
+    sorted_age = age[order]
+    _, group, counts = torch.unique_consecutive(sorted_age, return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    place = torch.arange(len(age), device=age.device)
+    following = torch.where(place + 1 < (first + counts)[group], place + 1, first[group])
+    other = torch.empty_like(order)
+    other[order] = order[following]
+    several = torch.empty_like(order, dtype=torch.bool)
+    several[order] = counts[group] > 1
+    return other, several
