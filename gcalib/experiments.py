@@ -187,7 +187,7 @@ def record_sha256(record: dict[str, Any]) -> str:
             continue  # a frame has the columns of all its runs: what a record lacks is missing there
         if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
             value = float(value)  # and a column with gaps holds its integers as floats
-        content[key] = list(value) if isinstance(value, (tuple, np.ndarray)) else value
+        content[key] = [int(point) for point in value] if isinstance(value, (tuple, list, np.ndarray)) else value
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=bool).encode()).hexdigest()
 
 
