@@ -203,11 +203,16 @@ class GatedCrossAttention(nn.Module):
         """The same on packed rows: `partner` is the row of y beside each row of x, zero where there is none."""
         x_prime, updated, attention = self.attention.rows(x, y, layout_x, layout_y, mask, weights=self._tap_weights)
         gate = self.activation(self.gate_ffn(torch.cat([x, partner], dim=1)))
-        out = self.norm(x + gate * x_prime)
+        out: Tensor = self.norm(x + gate * x_prime)
         if self._taps is not None:
             kept = slice(None) if real is None else real
-            seen = (t.detach()[kept] for t in (x, partner, x_prime, gate, out, updated, sequence))
-            self._taps.append(Tap(self.name, *seen, batch=layout_x.batch, attention=attention))
+            x, partner, x_prime, gate = (t.detach()[kept] for t in (x, partner, x_prime, gate))
+            self._taps.append(
+                Tap(
+                    self.name, x, partner, x_prime, gate, out.detach()[kept], updated[kept], sequence[kept],
+                    layout_x.batch, attention,
+                )
+            )  # fmt: skip
         return out
 
     def activation(self, logits: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class RunConfig(BaseModel):
         return RunConfig(**{**self.model_dump(), **changes})
 
     def canonical(self) -> RunConfig:
-        """The same run with fields that have no effect at their defaults: a baseline has no gate and no heads of one."""
+        """The same run with fields that have no effect at their defaults: a baseline has no gate, nor heads of one."""
         if self.gca:
             return self
         return self.but(**{name: type(self).model_fields[name].default for name in ("gate", "heads")})
@@ -199,7 +199,9 @@ def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None
     }
     if "profile" not in given:
         raise ValueError("The parameters cell must set profile, the name of a file in params/.")
-    folder = folder or next(
-        (path for path in (PARAMS, Path(__file__).parents[1] / PARAMS) if path.is_dir()), PARAMS
-    )
-    return Profile.load(given.pop("profile"), folder, **given)
+    if folder is None:
+        beside_package = Path(__file__).parents[1] / PARAMS
+        folder = next((path for path in (PARAMS, beside_package) if path.is_dir()), PARAMS)
+    profile = Profile.load(given.pop("profile"), folder, **given)
+    # The store stands beside params/, wherever the notebook's kernel was started.
+    return profile.model_copy(update={"store": str(folder.parent / profile.store)})

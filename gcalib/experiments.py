@@ -99,7 +99,7 @@ class RunStore:
             same &= column.map(lambda found, value=value: _equal(found, value))
         found = frame[same]
         if found["data_sha256"].nunique() > 1:
-            raise ValueError(f"{self.folder} holds this config on {len(found)} versions of {config.pair}; load the data.")
+            raise ValueError(f"{self.folder} holds this config on several versions of {config.pair}: load the data.")
         return None if found.empty else self.get(found["run_id"].iloc[0])
 
     def put(self, record: dict[str, Any], curves: list[dict[str, float]]) -> None:
@@ -169,14 +169,14 @@ def load_results(store: str | Path = "results") -> pd.DataFrame:
     frame = _frame((Path(store) / "records").glob("*.parquet"))
     if not frame.empty:
         frame["gca"] = frame["gca"].map(tuple)
-        trace(frame.to_dict("records"))
+        trace({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
     return frame
 
 
 def load_curves(store: str | Path = "results", run_ids: Sequence[str] | None = None) -> pd.DataFrame:
     """Curves of the store's finished runs (or of those named), one row an epoch, `run_id` beside them."""
-    store = RunStore(store)
-    return _frame(store.curve_path(name) for name in (store.names() if run_ids is None else run_ids))
+    runs = RunStore(store)
+    return _frame(runs.curve_path(name) for name in (runs.names() if run_ids is None else run_ids))
 
 
 def record_sha256(record: dict[str, Any]) -> str:
@@ -411,5 +411,4 @@ def _outcomes(
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         waiting = {pool.submit(run, config, store, device=device): config for config in configs}
         for future in as_completed(waiting):
-            error = future.exception()
-            yield waiting[future], error if error is not None else future.result()
+            yield waiting[future], future.exception() or future.result()

@@ -103,7 +103,7 @@ def attend(
     *,
     causal: bool = False,
 ) -> Float[Tensor, "batch heads length_q per_head"]:
-    """`softmax(q k^T / sqrt(p)) v`. On a CPU in float32 even under bf16 autocast: the fused bf16 gradient is slower there."""
+    """`softmax(q k^T / sqrt(p)) v`; on a CPU in float32 even under bf16 autocast, where the bf16 gradient is slower."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     with torch.autocast("cpu", enabled=False):

@@ -69,7 +69,8 @@ def evaluate(
     """
     device = device or next(model.parameters()).device
     parts = pair.split(split)
-    sampled = {name: pair.candidates(split, SAMPLED[name]) for name in protocols if name in SAMPLED and _fits(pair, name)}
+    fitting = [name for name in protocols if name in SAMPLED and _fits(pair, name)]
+    sampled = {name: pair.candidates(split, SAMPLED[name]) for name in fitting}
     owner = pair.domain_of(parts.targets)
     ranks = {name: np.zeros(pair.num_users) for name in ("full", *sampled)}
     meters: dict[str, AlignmentMeter] = {}
@@ -87,17 +88,16 @@ def evaluate(
                 rows = torch.from_numpy(np.flatnonzero(owner[users] == domain)).to(device)
                 scores = states[domain][rows] @ vectors[domain].T
                 target = torch.from_numpy(parts.targets[asked] - first).to(device)
-                excluded = tuple(t.to(device) for t in _interacted(pair, asked, domain))
-                ranks["full"][asked] = rank_of_target(scores, target, excluded).cpu().numpy()
+                row, column = (t.to(device) for t in _interacted(pair, asked, domain))
+                ranks["full"][asked] = rank_of_target(scores, target, (row, column)).cpu().numpy()
                 of_target = scores.gather(1, target.unsqueeze(1)).squeeze(1)
                 for name, candidates in sampled.items():
                     others = scores.gather(1, torch.from_numpy(candidates[asked] - first).to(device))
                     ranks[name][asked] = rank_among(of_target, others).cpu().numpy()
             if alignment:
                 for tap in taps:
-                    seen = (tap.padded(t) for t in (tap.x, tap.x_prime))
-                    beside = {"y": tap.padded(tap.y), "gate": tap.padded(tap.gate)}
-                    meters.setdefault(tap.name, AlignmentMeter()).update(*seen, tap.real(), **beside)
+                    x, x_prime, y, gate = (tap.padded(t) for t in (tap.x, tap.x_prime, tap.y, tap.gate))
+                    meters.setdefault(tap.name, AlignmentMeter()).update(x, x_prime, tap.real(), y=y, gate=gate)
             taps.clear()
     model.train(was_training)
 
@@ -137,7 +137,8 @@ def _interacted(pair: Pair, users: np.ndarray, domain: int) -> tuple[Tensor, Ten
     """(row, column) of all items of the domain that the users interacted with, the target among them."""
     lengths = pair.lengths[users]
     rows = np.repeat(np.arange(len(users)), lengths)
-    events = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(pair.offsets[users], lengths)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    events = np.repeat(pair.offsets[users], lengths) + place
     items = pair.items[events]
     mine = pair.domain_of(items) == domain
     first = 1 + domain * pair.num_items[0]
@@ -273,7 +274,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss_a, loss_b = self.model.loss(self.batch(users), negatives)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss_a + loss_b).backward()
+        (loss_a + loss_b).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss_a.detach(), loss_b.detach()
 

@@ -206,7 +206,7 @@ def length_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Ge
         # a random phase, so that the short batch is not always the one of the longest users
         phase = int(generator.integers(batch_size))
         cuts = np.unique(np.concatenate([[0], np.arange(phase, len(order), batch_size)]))
-        cuts = generator.permutation(np.stack([cuts, np.append(cuts[1:], len(order))], axis=1))
-        yield from (order[start:stop] for start, stop in cuts)
+        parts = np.split(order, cuts[1:])
+        yield from (parts[number] for number in generator.permutation(len(parts)))
     else:
         yield from (order[start : start + batch_size] for start in cuts)

@@ -21,6 +21,7 @@ are trained against negatives shared by the batch, where the official code draws
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -71,7 +72,7 @@ class ABXI(Recommender):
             {f"{point}{s}": GatedCrossAttention(d, config.heads, config.gate) for point in config.gca for s in "ab"}
         )
         for name, module in self.gca.items():
-            module.name = f"{name[1]}.gca{name[0]}"
+            module.name = f"{name[1]}.gca{name[0]}"  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
         streams = (batch.mixed, *batch.own)
@@ -117,7 +118,7 @@ class ABXI(Recommender):
             shared = self.invariant_norm[s](x_s + self.dropout(i_s) + self.dropout(self.invariant_lora[s](x_s)))
             private = self.own_norm[s](own + self.dropout(self.own[s](own)))
             # Before a domain's first item its row is zero, and what a norm makes of zero is its bias.
-            missing = (~has).unsqueeze(1) * self.own_norm[s].bias
+            missing = torch.where(has.unsqueeze(1), 0.0, cast(Tensor, self.own_norm[s].bias))
             states.append(shared + spread_rows(private, torch.nonzero(has).squeeze(1), len(has)) + missing)
         if LATE in self.gca_points:
             states = list(self._cross(LATE, *states, *(_final(q, batch.size) for q in queries)))
@@ -136,6 +137,7 @@ class ABXI(Recommender):
             mask = key_time.unsqueeze(1) < query_time.unsqueeze(2)
             partner = newest_visible(y, of_y.layout, mask, of_x.layout)
             gca = self.gca[f"{point}{s}"]
+            assert isinstance(gca, GatedCrossAttention)
             out.append(gca.rows(x, y, partner, of_x.layout, of_y.layout, mask, sequence=of_x.sequence))
         return out[0], out[1]
 

@@ -1,0 +1,142 @@
+"""Speed and memory of training, ranking, loading and importing: `python -m gcalib bench` or `python benchmarks/step.py`.
+
+Every ratio comes from one run on one machine, which should have nothing else to do.
+
+- A training step is `gcalib.training.Trainer.step` at dim 256 and batch 256, over every fourth batch of an epoch in
+  order of length, which stand for the epoch; each counts with the median of some repeats. The comparator is the same
+  step as it is ordinarily written (`padded.py`).
+- Arithmetic is counted by torch. Its counter does not know the attention of CPUs, so that `flops_per_step` of a record
+  is without the products inside attention: 14 L^2 d for a sequence padded to length L in its batch (two products
+  forward, five backward, 2 L^2 d each). They are added here, hidden keys included, as is torch's convention.
+  The machine's peak is the best rate of a large square product.
+- Ranking is `gcalib.training.evaluate` on all users, protocol `full`, less the time in the model and in building
+  batches; beside it the bare products of states and item vectors, in the same pieces.
+- Memory is the largest resident set of a fresh process that loads the pair, makes steps and validates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gcalib import RunConfig, load_pair
+from gcalib.data import DataError
+
+sys.path.insert(0, str(Path(__file__).parent))  # where runpy does not look
+import measure  # noqa: E402
+
+PAIR, QUICK_PAIR = "food-kitchen", "synthetic:num_users=200,items_a=300,items_b=320"
+VARIANTS = ((), (0,))
+
+
+def bench(config: RunConfig, *, sizes: tuple[int, ...] = (2048, 4096), repeats: int = 3) -> dict[str, Any]:
+    """All figures, as they are written to `--out`."""
+    pair = load_pair(config.pair)
+    note(f"{pair.name}, dim {config.dim}, batch {config.batch_size}, {torch.get_num_threads()} threads")
+    note("matrix products")
+    found: dict[str, Any] = {
+        "pair": pair.name, "dim": config.dim, "batch_size": config.batch_size, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "peak_gflop_per_s": measure.matrix_peak(sizes), "step": {},
+    }  # fmt: skip
+    for gca in VARIANTS:
+        for precision in measure.PRECISIONS:
+            name, now = f"gca={gca} {precision}", config.but(gca=gca, precision=precision)
+            note(f"training step, {name}")
+            step = measure.our_step(now, pair, found["peak_gflop_per_s"][precision], repeats)
+            step["peak_memory_bytes"] = measure.peak_memory(now)
+            note(f"the same, padded and with negatives for each position, {name}")
+            step["padded_ms"] = measure.padded_step(now, pair, repeats=2)
+            reference = found["step"].get(f"gca={gca} fp32", step)["padded_ms"]
+            step["times_faster"] = reference and reference / step["ms"]
+            step["times_faster_same_precision"] = step["padded_ms"] and step["padded_ms"] / step["ms"]
+            found["step"][name] = step
+    note("ranking, loading, importing")
+    found["ranking"] = measure.ranking(config, pair, repeats)
+    found["loading"] = measure.loading(config.pair, repeats)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as text, the goals beside those that have one."""
+    peak, rank, load = found["peak_gflop_per_s"], found["ranking"], found["loading"]
+    lines = ["", f"Peak of square products: fp32 {peak['fp32']:.0f}, bf16 {peak['bf16']:.0f} GFLOP/s", ""]
+    header = (
+        "training step", "ms", "batch", "forward", "backward", "optimiser", "rows", "GFLOP", "attention", "GFLOP/s",
+        "padded ms", "peak MB",
+    )  # fmt: skip
+    lines.append(f"{header[0]:<16}" + "".join(f"{title:>11}" for title in header[1:]))
+    for name, step in found["step"].items():
+        values = [step[f"{part}ms"] for part in ("", "batch_", "forward_", "backward_", "optimiser_")]
+        values += [step[key] for key in ("rows", "gflop", "gflop_in_attention", "gflop_per_s", "padded_ms")]
+        values.append(step["peak_memory_bytes"] / 1e6)
+        texts = ["-" if value is None else f"{value:,.1f}" for value in values]
+        lines.append(f"{name:<16}" + "".join(f"{text:>11}" for text in texts))
+    lines += [
+        "",
+        f"Ranking all users: bare products {rank['bare_product_ms']:.0f} ms, ranking {rank['ranking_ms']:.0f} ms "
+        f"({rank['ranking_with_sampled_ms']:.0f} with s999 and s100), whole evaluation {rank['evaluate_ms']:.0f} ms "
+        f"of which model {rank['model_ms']:.0f} and batches {rank['batch_ms']:.0f}",
+        "",
+        f"{'ratio or cost':<58}{'measured':>10}{'goal':>10}",
+    ]
+    for label, value, goal, unit, met in goals(found, rank, load):
+        shown, verdict = ("-", "not measured") if value is None else (f"{value:.2f}{unit}", "met" if met else "MISSED")
+        lines.append(f"{label:<58}{shown:>10}{goal:>10}  {verdict}")
+    return "\n".join(lines)
+
+
+def goals(
+    found: dict[str, Any], rank: dict[str, float], load: dict[str, float]
+) -> list[tuple[str, float | None, str, str, bool]]:
+    """Each goal: what, measured (None if it was not), the goal, the unit, whether it is met."""
+    rows: list[tuple[str, float | None, str, str, bool]] = []
+    for name, step in found["step"].items():
+        precision = name.split()[-1]
+        faster, same, share = (step[key] for key in ("times_faster", "times_faster_same_precision", "share_of_peak"))
+        least, least_share = (10, 60) if precision == "fp32" else (20, 45)
+        rows.append((f"step {name}: faster than padded fp32", faster, f">= {least}", "x", (faster or 0) >= least))
+        if precision == "bf16":
+            rows.append((f"step {name}: faster than padded bf16", same, "", "x", True))
+        rows.append((f"step {name}: share of peak", 100 * share, f">= {least_share}", "%", 100 * share >= least_share))
+    memory = max(step["peak_memory_bytes"] for step in found["step"].values()) / 1e9
+    rows.append(("peak memory of training", memory, "< 3", " GB", memory < 3))
+    rows.append(("full ranking against bare products", rank["ratio"], "<= 2", "x", rank["ratio"] <= 2))
+    rows.append((f"loading {found['pair']}", load["load_s"], "< 2", " s", load["load_s"] < 2))
+    rows.append(("import gcalib", load["import_s"], "< 3", " s", load["import_s"] < 3))
+    rows.append(("share of import torch in it", 100 * load["torch_share"], "> 50", "%", load["torch_share"] > 0.5))
+    return rows
+
+
+def note(text: str) -> None:
+    """Progress goes to stderr; the table alone goes to stdout."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description="Speed and memory, as ratios from one run.")
+    parser.add_argument("--pair", default=PAIR, help=f"pair to measure on (default {PAIR})")
+    parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
+    parser.add_argument("--quick", action="store_true", help="seconds on a tiny pair: shows that it works, no more")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        found = bench(RunConfig(pair=QUICK_PAIR, dim=16, batch_size=32), sizes=(256,), repeats=1)
+    else:
+        try:
+            load_pair(options.pair)
+        except DataError as error:
+            note(f"{error} Measuring on the synthetic pair instead: its figures say nothing about {options.pair}.")
+            options.pair = "synthetic"
+        found = bench(RunConfig(pair=options.pair, dim=256, batch_size=256))
+    print(table(found))
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The command line: `python -m gcalib pairs | run | notebooks | results | bench`."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def pairs(
+    download: Annotated[bool, typer.Option(help="fetch the public files that are missing")] = False,
+) -> None:
+    """List the pairs: where they were found, whether their hashes are right, their statistics, what reading dropped."""
+    from gcalib.data.sources import report
+
+    frame = report(download=download)
+    for row in frame.to_dict("records"):
+        typer.secho(f"{row['name']}", bold=True)
+        for column, value in row.items():
+            if column != "name" and value is not None and value == value and value != "":
+                typer.echo(f"  {column:18s} {value:.3f}" if isinstance(value, float) else f"  {column:18s} {value}")
+    if "verified" in frame and (frame["verified"] == False).any():  # noqa: E712 - missing files are neither
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    pair: Annotated[str, typer.Option(help="name or path of a pair")] = "synthetic",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="a RunConfig field, as key=value; YAML values, e.g. gca=[0]")
+    ] = None,
+    store: Annotated[str, typer.Option(help="folder of the run store")] = "results",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Train and measure one config, or show its record if the store has it."""
+    from gcalib.config import RunConfig
+    from gcalib.experiments import run as run_config
+
+    fields = {}
+    for text in setting or []:
+        key, equals, value = text.partition("=")
+        if not equals or key not in RunConfig.model_fields:
+            raise ValueError(f"--set {text}: write key=value with a key of {', '.join(RunConfig.model_fields)}.")
+        fields[key] = yaml.safe_load(value)
+    record = run_config(RunConfig(**{"pair": pair, **fields}), store, device=device)
+    for key, value in record.items():
+        typer.echo(f"{key:40s} {value:.6g}" if isinstance(value, float) else f"{key:40s} {value}")
+
+
+@app.command()
+def notebooks(
+    names: Annotated[list[str] | None, typer.Argument(help="beginnings of file names, such as 00; default all")] = None,
+    profile: Annotated[str, typer.Option(help="a profile of params/, by name or file")] = "smoke",
+    out: Annotated[Path, typer.Option(help="folder of the executed copies")] = Path("build/notebooks"),
+    in_place: Annotated[bool, typer.Option(help="execute for a commit, each on the profile it names")] = False,
+    check: Annotated[bool, typer.Option(help="execute nothing; say what is wrong with the committed ones")] = False,
+) -> None:
+    """Execute the notebooks in order and write an index; go on after a failure in one."""
+    from gcalib import shelf
+    from gcalib.config import Profile
+
+    paths = shelf.notebooks(names or ())
+    if check:
+        wrong = [sentence for path in paths for sentence in shelf.faults(path)]
+        typer.echo("\n".join(wrong) or f"{len(paths)} notebooks, nothing wrong")
+        raise typer.Exit(bool(wrong))
+    named = Path(profile).stem
+    if not in_place:
+        Profile.load(named)  # a misspelt one is found now, not in each notebook
+    outcomes = []
+    for outcome in shelf.execute(paths, None if in_place else out, None if in_place else named):
+        outcomes.append(outcome)
+        typer.echo(f"{outcome.name:40s} {outcome.seconds:6.1f} s  {outcome.error or 'executed'}")
+    if not in_place:
+        typer.echo(f"Open {shelf.write_index(outcomes, out, named)}")
+    if failed := sum(outcome.error is not None for outcome in outcomes):
+        typer.echo(f"{failed} of {len(outcomes)} notebooks failed")
+        raise typer.Exit(1)
+
+
+@app.command()
+def results(store: Annotated[str, typer.Option(help="folder of the run store")] = "results") -> None:
+    """Print the finished runs of a store, a line each."""
+    from gcalib.experiments import load_results
+
+    frame = load_results(store)
+    if frame.empty:
+        typer.echo(f"{store} holds no finished run")
+        return
+    wanted = ["pair", "model", "gca", "gate", "heads", "dim", "ties", "precision", "seed", "epochs_trained"]
+    figures = [f"test.{d}.{p}.ndcg@10" for p in ("full", "s999") for d in "ab"]
+    shown = frame.set_index("run_id")[[c for c in wanted + figures if c in frame]].sort_values(["pair", "gca", "seed"])
+    typer.echo(shown.to_string(float_format="{:.4f}".format))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure speed and memory (`benchmarks/step.py`; further options go to it)."""
+    script = Path("benchmarks/step.py")
+    if not script.exists():
+        raise ValueError("There is no benchmarks/step.py here: run this in the root of the repository.")
+    sys.argv = [str(script), *context.args]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def main() -> None:
+    """Run the command line; what the user did wrong is one sentence, without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(" ".join(str(error).split()), err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""One function a figure: a table in, a chart out. Call `enable()` once in a notebook to see them.
+
+Each function says in its docstring which columns it reads; a table may have more. Domains appear under the names that
+the table gives them. Every figure can be given its own `title` and `subtitle`, and says what its axes measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from gcalib.rendering import COLOURS, GREY, enable
+
+__all__ = [
+    "attention_map", "cosine_and_ndcg", "cost", "enable", "gate_histogram", "lengths", "metric_with_intervals",
+    "popularity", "step_ratio", "tie_share",
+]  # fmt: skip
+POINTS = 60  # of a curve: what a panel can show
+_LINES = {
+    "cos_mean_abs": ("measured", COLOURS[0], [1, 0]),
+    "null_mean_abs": ("null: random directions", COLOURS[6], [2, 3]),
+    "null_perm_mean_abs": ("null: X′ of another user", COLOURS[1], [8, 4]),
+    "null_init_mean_abs": ("null: untrained module", COLOURS[2], [8, 3, 2, 3]),
+}
+
+
+def cosine_and_ndcg(
+    curves: pd.DataFrame,
+    *,
+    domains: Sequence[str] = ("A", "B"),
+    point: int = 0,
+    split: str = "val",
+    title: str = "How X′ turns away from X, and how ranking improves",
+    subtitle: str = "",
+) -> alt.VConcatChart:
+    """|cos(X, X′)| over the epochs against its nulls, and NDCG@10 (full ranking) below, a column a domain.
+
+    Parameters
+    ----------
+    curves
+        One row an epoch, as of `gcalib.load_curves`: `epoch`, `<split>.<a|b>.gca<point>.<measure>` and
+        `<split>.<a|b>.full.ndcg@10`. The null of the untrained module is drawn if there is a column
+        `...null_init_mean_abs`. Of several runs, the mean of those that reached an epoch.
+    domains
+        Names of domains A and B.
+    """
+    cosines, ndcg = [], []
+    for letter, domain in zip("ab", domains, strict=True):
+        prefix = f"{split}.{letter}.gca{point}"
+        _check(curves, "epoch", *(f"{prefix}.{measure}" for measure in list(_LINES)[:3]))
+        for measure, (line, _, _) in _LINES.items():
+            if f"{prefix}.{measure}" in curves:
+                cosines.append(_curve(curves, f"{prefix}.{measure}").assign(domain=domain, line=line))
+        ndcg.append(_curve(curves, f"{split}.{letter}.full.ndcg@10").assign(domain=domain))
+    names, colours, dashes = (list(part) for part in zip(*_LINES.values(), strict=True))
+    shown = [name for name in names if any((part["line"] == name).any() for part in cosines)]
+    scale = alt.Scale(domain=shown, range=colours[: len(shown)])
+    dash = alt.Scale(domain=shown, range=dashes[: len(shown)])
+    legend = alt.Legend(title=None, orient="top", columns=2, symbolSize=400)
+    x = alt.X("epoch:Q", title="epoch (0 = untrained)", axis=alt.Axis(tickMinStep=1, tickCount=6, grid=False))
+    top = _base(pd.concat(cosines), width=300, height=190).mark_line().encode(
+        x, alt.Y("value:Q", title="mean |cos(X, X′)|"),
+        alt.Color("line:N", scale=scale, legend=legend), alt.StrokeDash("line:N", scale=dash, legend=legend),
+    )  # fmt: skip
+    bottom = _base(pd.concat(ndcg), width=300, height=150).mark_line(color=COLOURS[3]).encode(
+        x, alt.Y("value:Q", title="NDCG@10, full ranking")
+    )  # fmt: skip
+    panels = [_facet(panel, "domain", domains) for panel in (top, bottom)]
+    return _titled(alt.vconcat(*panels), title, subtitle)
+
+
+def lengths(
+    frame: pd.DataFrame, *, title: str = "Most users have few events in a domain", subtitle: str = ""
+) -> alt.FacetChart:
+    """How many events users have in each domain, a panel a pair.
+
+    Parameters
+    ----------
+    frame
+        One row a user and domain: `pair`, `domain`, `length` (events).
+    """
+    _check(frame, "pair", "domain", "length")
+    width = int(np.ceil(frame["length"].max() / POINTS))
+    bins = np.arange(0, frame["length"].max() + 2 * width, width)  # one empty bin at the end lets the line come down
+    parts = []
+    for (pair, domain), part in frame.groupby(["pair", "domain"], sort=False):
+        share = 100 * np.bincount(part["length"] // width, minlength=len(bins)) / len(part)
+        parts.append(pd.DataFrame({"pair": pair, "domain": domain, "length": bins, "share": share}))
+    x = "events of a user in the domain" + (f" (bins of {width})" if width > 1 else "")
+    chart = _base(pd.concat(parts), width=250, height=200).mark_line(interpolate="step-after").encode(
+        alt.X("length:Q", title=x, axis=alt.Axis(tickMinStep=1, grid=False)), alt.Y("share:Q", title="users (%)"),
+        alt.Color("domain:N", title="domain", sort=list(frame["domain"].unique())),
+    )  # fmt: skip
+    return _titled(_facet(chart, "pair", frame["pair"].unique(), columns=2), title, subtitle)
+
+
+def popularity(
+    frame: pd.DataFrame, *, title: str = "A few items draw most interactions", subtitle: str = ""
+) -> alt.FacetChart:
+    """Interactions of an item against its rank by popularity, both axes logarithmic, a panel a pair.
+
+    Parameters
+    ----------
+    frame
+        One row an item: `pair`, `domain`, `interactions` (at least 1).
+    """
+    _check(frame, "pair", "domain", "interactions")
+    parts = []
+    for (pair, domain), part in frame.groupby(["pair", "domain"], sort=False):
+        counts = part["interactions"].sort_values(ascending=False).to_numpy()
+        ranks = np.unique(np.geomspace(1, len(counts), POINTS).astype(int))
+        shown = {"rank": ranks, "interactions": counts[ranks - 1]}
+        parts.append(pd.DataFrame({"pair": pair, "domain": domain, **shown}))
+    table = pd.concat(parts)
+    chart = _base(table, width=250, height=200).mark_line().encode(
+        _log(alt.X, table["rank"], "item, ranked by popularity"),
+        _log(alt.Y, table["interactions"], "interactions of the item"),
+        alt.Color("domain:N", title="domain", sort=list(frame["domain"].unique())),
+    )  # fmt: skip
+    return _titled(_facet(chart, "pair", frame["pair"].unique(), columns=2), title, subtitle)
+
+
+def tie_share(
+    frame: pd.DataFrame, *, title: str = "Time stamps of a day leave many events tied", subtitle: str = ""
+) -> alt.LayerChart:
+    """Shares of tied events as bars, grouped by pair.
+
+    Parameters
+    ----------
+    frame
+        One row a bar: `pair`, `what` is tied (such as "neighbouring events", "last event"), `share` (0 to 1).
+    """
+    _check(frame, "pair", "what", "share")
+    base = _base(frame.assign(share=100 * frame["share"]), height=alt.Step(22)).encode(
+        alt.X("share:Q", title="tied with a neighbour in time (%)", axis=alt.Axis(grid=False, tickCount=6)),
+        alt.Y("pair:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.3)),
+        alt.YOffset("what:N", sort=None),
+    )  # fmt: skip
+    bars = base.mark_bar().encode(
+        alt.Color("what:N", title=None, sort=None, legend=alt.Legend(orient="top", symbolType="square"))
+    )
+    return _titled(bars + base.mark_text(align="left", dx=4).encode(alt.Text("share:Q", format=".1f")), title, subtitle)
+
+
+def metric_with_intervals(
+    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant"
+) -> alt.FacetChart:
+    """Means as dots with their intervals, a row a variant, a panel a domain with an axis of its own.
+
+    Parameters
+    ----------
+    frame
+        As of `gcalib.stats.mean_interval` by variant and domain: the column named by `variant`, `domain`, `mean`,
+        `low`, `high`; where the bounds are nan, the dot stands alone.
+    metric
+        What the numbers are, for the axis, such as "NDCG@10, full ranking".
+    """
+    _check(frame, variant, "domain", "mean", "low", "high")
+    axis: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
+    base = _base(frame, width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, color=GREY)
+    dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))
+    panels = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q")) + dots
+    faceted = _facet(panels, "domain", frame["domain"].unique())
+    return _titled(faceted.resolve_scale(x="independent"), title, subtitle)
+
+
+def gate_histogram(frame: pd.DataFrame, *, title: str = "How far the gate opens", subtitle: str = "") -> alt.FacetChart:
+    """Distribution of the gate's values over positions and features, a panel a domain.
+
+    Parameters
+    ----------
+    frame
+        One row a value, or many values a row: `domain`, `gate` (within 0..1 or -1..1; a number, or an array of them).
+    """
+    _check(frame, "domain", "gate")
+    parts = []
+    for domain, values in frame.groupby("domain", sort=False)["gate"]:
+        gates = np.concatenate([np.ravel(value) for value in values])
+        counts, edges = np.histogram(gates, bins=40, range=(-1.0 if gates.min() < 0 else 0.0, 1.0))
+        share = 100 * counts / len(gates)
+        parts.append(pd.DataFrame({"from": edges[:-1], "to": edges[1:], "share": share, "domain": domain}))
+    chart = _base(pd.concat(parts), width=270, height=180).mark_bar().encode(
+        alt.X("from:Q", bin="binned", title="value of the gate (0 = closed)", axis=alt.Axis(tickCount=5, format="~g")),
+        alt.X2("to:Q"),
+        alt.Y("share:Q", title="positions × features (%)"),
+    )  # fmt: skip
+    return _titled(_facet(chart, "domain", frame["domain"].unique()), title, subtitle)
+
+
+def attention_map(
+    frame: pd.DataFrame, *, title: str = "Where each query looks", subtitle: str = ""
+) -> alt.FacetChart | alt.Chart:
+    """Attention weights as a heat map of query against key positions, a panel a head if there is a column `head`.
+
+    Parameters
+    ----------
+    frame
+        One row a cell: `query` and `key` (positions counted from the oldest, or names), `weight` (each query's sum to
+        1; leave out pairs that may not attend, and they stay white).
+    """
+    _check(frame, "query", "key", "weight")
+    heads = "head" in frame
+    side = 210 if heads else 320
+    table = frame.assign(head="head " + frame["head"].astype(str)) if heads else frame
+    chart = _base(table, width=side, height=side).mark_rect().encode(
+        alt.X("key:O", title="key position (other domain)", sort=None, axis=_places(frame["key"], side)),
+        alt.Y("query:O", title="query position", sort=None, axis=_places(frame["query"], side)),
+        alt.Color("weight:Q", title="weight", scale=alt.Scale(domainMin=0)),
+    )  # fmt: skip
+    return _titled(_facet(chart, "head", table["head"].unique(), columns=2) if heads else chart, title, subtitle)
+
+
+def cost(
+    frame: pd.DataFrame, *, x: str, y: str, x_title: str, y_title: str, title: str, subtitle: str = ""
+) -> alt.LayerChart:
+    """What each part costs against a size, both axes logarithmic: a power law is a straight line.
+
+    Parameters
+    ----------
+    frame
+        One row a measurement: `part`, and the columns named by `x` (such as a length or a width) and `y` (such as
+        milliseconds or floating-point operations), both above 0.
+    x_title, y_title
+        What they are, with units.
+    """
+    _check(frame, "part", x, y)
+    sizes = sorted(frame[x].unique().tolist())
+    base = _base(frame).encode(
+        _log(alt.X, frame[x], x_title, sizes if len(sizes) <= 10 else ()), _log(alt.Y, frame[y], y_title),
+        alt.Color("part:N", title=None, sort=None),
+    )  # fmt: skip
+    return _titled(base.mark_line() + base.mark_point(opacity=1), title, subtitle)
+
+
+def step_ratio(
+    frame: pd.DataFrame, *, title: str, subtitle: str = "", x_title: str = "times faster than the comparator"
+) -> alt.LayerChart:
+    """Speed ratios as bars, with the line of no gain at 1.
+
+    Parameters
+    ----------
+    frame
+        One row a bar: `step` (what was timed), `ratio` (comparator's time over ours).
+    """
+    _check(frame, "step", "ratio")
+    base = _base(frame, height=alt.Step(34)).encode(
+        alt.X("ratio:Q", title=x_title, axis=alt.Axis(grid=False, tickCount=6)), alt.Y("step:N", title=None, sort=None)
+    )
+    texts = base.mark_text(align="left", dx=5).encode(alt.Text("ratio:Q", format=".1f"))
+    one = alt.Chart(pd.DataFrame({"one": [1]})).mark_rule(color=COLOURS[1], strokeDash=[4, 3]).encode(alt.X("one:Q"))
+    return _titled(base.mark_bar() + texts + one, title, subtitle)
+
+
+def _check(frame: pd.DataFrame, *columns: str) -> None:
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise ValueError(
+            f"The figure needs a column {missing[0]!r}; the table has {', '.join(map(str, frame.columns))}."
+        )
+    if not len(frame):
+        raise ValueError("The table is empty: there is nothing to draw.")
+
+
+def _base(frame: pd.DataFrame, **size: Any) -> alt.Chart:
+    return alt.Chart(frame.reset_index(drop=True)).properties(**size)
+
+
+def _curve(curves: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean of a column over the runs at each epoch, thinned to `POINTS` epochs; a constant needs only its ends."""
+    _check(curves, column)
+    mean = curves.groupby("epoch")[column].mean()
+    count = min(len(mean), 2 if mean.nunique() == 1 else POINTS)
+    kept = np.unique(np.linspace(0, len(mean) - 1, count).round().astype(int))
+    return mean.iloc[kept].rename("value").reset_index()
+
+
+def _log(channel: type[Any], values: pd.Series, title: str, ticks: Sequence[float] = ()) -> Any:
+    """Logarithmic axis of a column; unless told, ticks at 1, 10, 100, .. or, within two decades, at 1, 2, 5, 10, .."""
+    low, high = np.log10(values.min()), np.log10(values.max())
+    steps = (1,) if high - low > 2 else (1, 2, 5)
+    every = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
+    shown = list(ticks) or [value for value in every if values.min() <= value <= values.max()]
+    # 1k and 1M, but 0.1 instead of SI's 100m, which beside a unit of ms would be misread
+    label = "datum.value < 1 ? format(datum.value, '~g') : format(datum.value, '~s')"
+    axis = alt.Axis(values=shown, labelExpr=label, grid=False)
+    return channel(f"{values.name}:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=axis)
+
+
+def _places(values: pd.Series, side: int) -> alt.Axis:
+    """Axis of a heat map: as many labels as fit; names lie aslant."""
+    names = values.drop_duplicates().sort_values().tolist()
+    if not pd.api.types.is_numeric_dtype(values):
+        return alt.Axis(labelAngle=-40, labelLimit=160)
+    step = int(np.ceil(20 * len(names) / side))
+    return alt.Axis(labelAngle=0, values=names[step - 1 :: step])
+
+
+def _facet(chart: Any, column: str, names: Iterable[Any], columns: int = 0) -> alt.FacetChart:
+    """Panels in the order of `names`."""
+    panels = list(names)
+    facet = alt.Facet(f"{column}:N", title=None, sort=panels)
+    faceted: alt.FacetChart = chart.facet(facet, columns=columns or len(panels))
+    return faceted
+
+
+def _titled(chart: Any, title: str, subtitle: str) -> Any:
+    return chart.properties(title=alt.TitleParams(title, subtitle=subtitle) if subtitle else alt.TitleParams(title))

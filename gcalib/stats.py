@@ -1,0 +1,162 @@
+"""Intervals over repeated runs: the mean over seeds, and the difference of two variants that share seeds.
+
+Both are Student's t, exact for values (differences) that are normally distributed over seeds. With few seeds the
+interval is wide, and rightly so; with one seed there is none, and its bounds are nan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+def mean_interval(frame: pd.DataFrame, value: str, by: str | Sequence[str], level: float = 0.95) -> pd.DataFrame:
+    """Mean of a column with its t-interval, for each group.
+
+    Parameters
+    ----------
+    frame
+        One row a run.
+    value
+        Column to average, such as `"test.a.full.ndcg@10"`.
+    by
+        Column or columns that name a group; what differs within a group (the seed) is what is averaged over.
+    level
+        Share of such intervals that hold the true mean.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a group, in order of appearance: the columns of `by`, then `n`, `mean`, `low`, `high`.
+
+    Raises
+    ------
+    ValueError
+        For a column that is not there, a value that is missing, or a level outside 0..1.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"model": ["plain"] * 3 + ["gca"], "ndcg": [0.1, 0.2, 0.3, 0.4]})
+    >>> mean_interval(runs, "ndcg", "model").round(3)
+       model  n  mean    low   high
+    0  plain  3   0.2 -0.048  0.448
+    1    gca  1   0.4    NaN    NaN
+    """
+    keys = _columns(by)
+    _check(frame, [value, *keys], value, level)
+    rows = []
+    for group, part in frame.groupby(keys, sort=False, dropna=False):
+        rows.append({**dict(zip(keys, group, strict=True)), **_interval(part[value].to_numpy(float), level)})
+    return pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+
+
+def paired_difference(
+    frame: pd.DataFrame,
+    value: str,
+    pair_on: str | Sequence[str],
+    between: str,
+    base: Any,
+    by: str | Sequence[str] = (),
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Every other variant minus the base one, paired run by run, with the t-interval of the mean difference.
+
+    Pairing takes out what two runs of one seed share (initial weights, batches), so the interval is often much
+    narrower than the two means' own intervals suggest.
+
+    Parameters
+    ----------
+    frame
+        One row a run (and a group, with `by`).
+    value
+        Column to compare.
+    pair_on
+        Column or columns that say which runs belong together, such as `"seed"`.
+    between
+        Column that names the variant.
+    base
+        The variant that is subtracted.
+    by
+        Column or columns within which to compare, such as `"domain"`.
+    level
+        Share of such intervals that hold the true difference.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a group and variant: the columns of `by`, `between`, then `n` (pairs), `mean`, `low`, `high`, and `p`,
+        the two-sided p-value of no difference (paired t-test).
+
+    Raises
+    ------
+    ValueError
+        If a column or the base is not there, a value is missing, a run occurs twice, or a run has no partner.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"gca": [0, 0, 0, 1, 1, 1], "seed": [0, 1, 2, 0, 1, 2], "ndcg": [1.0, 5, 9, 1.1, 5.2, 9.3]})
+    >>> paired_difference(runs, "ndcg", pair_on="seed", between="gca", base=0).round(3)
+       gca  n  mean    low   high      p
+    0    1  3   0.2 -0.048  0.448  0.074
+    """
+    groups, pairs = _columns(by), _columns(pair_on)
+    _check(frame, [value, between, *groups, *pairs], value, level)
+    rows = []
+    parts = frame.groupby(groups, sort=False, dropna=False) if groups else [((), frame)]
+    for group, part in parts:
+        where = "".join(f", {key} {name}" for key, name in zip(groups, group, strict=True))
+        variants = dict(list(part.groupby(between, sort=False)))
+        if base not in variants:
+            raise ValueError(f"There is no {between} {base!r}{where}; there are {list(variants)}.")
+        subtracted = _by_pair(variants.pop(base), pairs, value, f"{between} {base!r}{where}")
+        for name, runs in variants.items():
+            found = _by_pair(runs, pairs, value, f"{between} {name!r}{where}")
+            alone = found.index.symmetric_difference(subtracted.index)
+            if len(alone):
+                raise ValueError(
+                    f"Some run of {between} {name!r} has no partner in {base!r}{where}: {pairs} {alone[0]} is alone."
+                )
+            difference = _interval((found - subtracted).to_numpy(float), level)
+            rows.append({**dict(zip(groups, group, strict=True)), between: name, **difference})
+    return pd.DataFrame(rows, columns=[*groups, between, "n", "mean", "low", "high", "p"])
+
+
+def _interval(values: np.ndarray, level: float) -> dict[str, float]:
+    """Mean, bounds of its t-interval, and the p-value of a mean of zero; nan where a single value decides nothing."""
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return {"n": n, "mean": mean, "low": np.nan, "high": np.nan, "p": np.nan}
+    error = float(values.std(ddof=1)) / np.sqrt(n)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * error
+    # values without any spread leave no doubt about their mean
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": float(p)}
+
+
+def _by_pair(runs: pd.DataFrame, pairs: list[str], value: str, where: str) -> pd.Series:
+    found = runs.set_index(pairs)[value]
+    if found.index.has_duplicates:
+        twice = found.index[found.index.duplicated()][0]
+        raise ValueError(f"{where}: {pairs} {twice} occurs twice, so it is unclear which run pairs with which.")
+    return found
+
+
+def _columns(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _check(frame: pd.DataFrame, columns: list[str], value: str, level: float) -> None:
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise ValueError(f"The table has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}.")
+    if not len(frame):
+        raise ValueError(f"The table is empty, so {value!r} has no mean.")
+    if not np.isfinite(frame[value].to_numpy(float)).all():
+        row = frame.index[~np.isfinite(frame[value].to_numpy(float))][0]
+        raise ValueError(f"{value!r} is missing or not finite in row {row}.")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1, such as 0.95.")

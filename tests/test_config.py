@@ -1,0 +1,186 @@
+"""What a config refuses and how it is named; what a profile and a notebook's parameters cell may say."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gcalib.config import PARAMS, Profile, RunConfig, divisors, notebook_parameters, run_id
+
+SHIPPED = sorted((Path(__file__).parents[1] / PARAMS).glob("*.yaml"))
+
+
+def config(**changes: object) -> RunConfig:
+    return RunConfig(**{"pair": "synthetic", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dimm": 12}, "dimm\n.*Extra inputs are not permitted"),
+        ({"gate": "relu"}, "gate\n.*'sigmoid' or 'tanh'"),
+        ({"model": "sasrec"}, "model\n.*'abxi'"),
+        ({"dropout": 1.0}, "dropout\n.*less than 1"),
+        ({"dim": 1}, "dim\n.*greater than or equal to 2"),
+        ({"lr": 0}, "lr\n.*greater than 0"),
+        ({"lr": float("nan")}, "lr\n"),
+        ({"negatives": 1}, "negatives\n"),
+        ({"gca": (0, 3)}, r"gca=\(0, 3\): the insertion points are 0 \(early\), 1 \(mid\) and 2 \(late\)"),
+        ({"gca": (1, 1)}, r"each insertion point may be named once, got \(1, 1\)"),
+        ({"gca": None}, "gca\n"),
+        ({"gca": 0.5}, "gca\n"),
+        ({"gca": (0,), "heads": 5, "dim": 12}, "heads=5 does not divide dim=12; heads may be 1, 2, 3, 4, 6, 12"),
+        ({"self_heads": 5, "dim": 12}, "self_heads=5 does not divide dim=12; self_heads may be 1, 2, 3, 4, 6, 12"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(**changes)
+
+
+def test_a_config_is_a_value() -> None:
+    first = config(gca=(2, 0))
+    assert first.gca == (0, 2) and first == config(gca=[0, 2]) and hash(first) == hash(config(gca=[0, 2]))
+    assert config(gca=1).gca == (1,)
+    with pytest.raises(ValidationError, match="frozen"):
+        first.dim = 32  # type: ignore[misc]
+    assert RunConfig.model_validate_json(first.model_dump_json()) == first
+
+
+def test_but_changes_fields_and_checks_them_again() -> None:
+    assert config(dim=32).but(seed=4) == config(dim=32, seed=4)
+    with pytest.raises(ValidationError, match="heads=4 does not divide dim=6"):
+        config(gca=(0,)).but(dim=6)
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        config().but(sead=1)
+
+
+def test_a_baseline_s_cross_attention_fields_do_not_count() -> None:
+    assert config(gate="tanh", heads=8).canonical() == config()
+    assert config(dim=6, heads=5).canonical() == config(dim=6)
+    with_gca = config(gca=(0,), gate="tanh", heads=8)
+    assert with_gca.canonical() == with_gca
+
+
+def test_run_ids_stay_what_they_were() -> None:
+    """A changed id orphans every stored run: a new field needs a default that keeps what was, and enters nothing."""
+    data = "0" * 64
+    assert run_id(RunConfig(pair="food-kitchen"), data, 1) == "69dc42a200200ce6"
+    stack = RunConfig(pair="x", gca=(2, 0), gate="tanh", heads=8, dim=128, lr=3e-4, seed=4)
+    assert run_id(stack, data, 1) == "21893c15c4ab8a8e"
+    published = RunConfig(pair="x", gca=[1], as_published=True, hidden=680, dim=256, ties="published")
+    assert run_id(published, data, 1) == "528eaf38290b1f25"
+
+
+@pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("pair", "model")])
+def test_every_field_that_differs_makes_another_run(name: str) -> None:
+    other = {"ties": "published", "gca": (0,), "gate": "tanh", "select": "s100", "precision": "bf16", "hidden": 99}
+    base = config(gca=(1,))
+    value = other.get(name)
+    if value is None:
+        now = getattr(base, name)
+        value = (not now) if isinstance(now, bool) else now / 2 if isinstance(now, float) else 2 * now + 2 * (now == 0)
+    changed = base.but(**{name: value})
+    assert run_id(changed, "data", 1) != run_id(base, "data", 1)
+    assert run_id(changed.but(**{name: getattr(base, name)}), "data", 1) == run_id(base, "data", 1)
+
+
+@given(st.integers(1, 400))
+def test_divisors_are_all_the_divisors(number: int) -> None:
+    listed = [int(n) for n in divisors(number).split(", ")]
+    assert listed == sorted(set(listed)) and set(listed) == {n for n in range(1, number + 1) if number / n % 1 == 0}
+
+
+# ------------------------------------------------------------------------------------------------------- profiles
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "small.yaml").write_text(
+        "profile: small\npair: synthetic\nseeds: [3, 5]\nworkers: 2\nsettings: {dim: 16, lr: 0.01}\n"
+    )
+    (tmp_path / "empty.yaml").write_text("# all defaults\n")
+    return tmp_path
+
+
+def test_a_profile_makes_configs(folder: Path) -> None:
+    profile = Profile.load("small", folder)
+    assert profile.config() == config(dim=16, lr=0.01, seed=3)
+    assert profile.config(dim=8, pair="food-kitchen", seed=9) == RunConfig(pair="food-kitchen", dim=8, lr=0.01, seed=9)
+    grid = profile.configs({}, {"gca": (0,)})
+    assert [(c.gca, c.seed) for c in grid] == [((), 3), ((), 5), ((0,), 3), ((0,), 5)]
+    assert all(c.dim == 16 for c in grid)
+    assert Profile.load("empty", folder).config() == config()
+    assert Profile.load("small", folder, seeds=[1], store="elsewhere").seeds == (1,)
+
+
+def test_a_profile_that_does_not_exist_is_answered_with_those_that_do(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no profile 'smal' in .*; there are empty, small\."):
+        Profile.load("smal", folder)
+    with pytest.raises(ValueError, match=r"there are none\."):
+        Profile.load("small", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sedes: [1]", r"sedes: .*The parameters are profile, pair, seeds, store, workers, settings\."),
+        ("seeds: []", r"seeds: .*at least 1 item"),
+        ("workers: 0", r"workers: .*greater than or equal to 1"),
+        ("settings: {dim: -1}", r"dim: .*greater than or equal to 2"),
+        ("settings: {gca: null}", r"gca"),
+        ("settings: {dimm: 3}", r"dimm: .* dim, hidden,"),
+        ("- a\n- list", r"Bad parameters|bad\.yaml"),
+        ("workers: [", r"bad\.yaml"),
+    ],
+)
+def test_a_bad_profile_is_one_sentence_with_what_is_allowed(folder: Path, text: str, message: str) -> None:
+    (folder / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as failed:
+        Profile.load("bad", folder)
+    assert "\n" not in str(failed.value) and not isinstance(failed.value, ValidationError)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_profiles_are_valid(path: Path) -> None:
+    assert Profile.load(path.stem, path.parent).profile == path.stem
+    assert path.read_text().startswith("# ")  # says what it is for
+
+
+# ----------------------------------------------------------------------------------------- the parameters cell
+
+
+def notebook(**names: object) -> dict[str, object]:
+    """A notebook's globals after some imports, as IPython leaves them."""
+    return {
+        "__name__": "__main__", "_": "", "_i1": "import gcalib", "In": ["", "import gcalib"], "Out": {},
+        "exit": object(), "quit": object(), "open": open, "get_ipython": lambda: None,
+        "gcalib": types.ModuleType("gcalib"), "Path": Path, "notebook_parameters": notebook_parameters, **names,
+    }  # fmt: skip
+
+
+def test_a_parameters_cell_lies_on_top_of_its_profile(folder: Path) -> None:
+    profile = notebook_parameters(notebook(profile="small", seeds=[8], workers=None), folder)
+    assert (profile.profile, profile.seeds, profile.workers, profile.settings["dim"]) == ("small", (8,), 2, 16)
+
+
+def test_a_misspelt_or_missing_parameter_stops_the_notebook(folder: Path) -> None:
+    with pytest.raises(ValueError, match="worker: .*The parameters are profile, pair, seeds, store, workers"):
+        notebook_parameters(notebook(profile="small", worker=1), folder)
+    with pytest.raises(ValueError, match="workers: "):
+        notebook_parameters(notebook(profile="small", workers="many"), folder)
+    with pytest.raises(ValueError, match="must set profile, the name of a file in params/"):
+        notebook_parameters(notebook(pair="synthetic"), folder)
+
+
+def test_profiles_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert notebook_parameters(notebook(profile="smoke")).profile == "smoke"
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "mine.yaml").write_text("pair: synthetic\n")
+    assert notebook_parameters(notebook(profile="mine")).pair == "synthetic"
