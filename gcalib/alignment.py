@@ -23,7 +23,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BLOCK = 2**16  # numbers of a tensor measured at a time, in float64, where no square of a float32 over- or underflows
+# Numbers of a tensor measured at a time on a CPU. So few stay in the cache, and torch does not spread them on threads,
+# which would spend more time waiting for each other than computing.
+BLOCK = 2**15
 _ROTATION = "rotation"  # of X, X' and Y together, by one orthogonal matrix
 _SCALE_X = "scale_x"  # each x by a positive number of its own
 _SCALE_X_PRIME = "scale_x_prime"  # likewise each x'
@@ -136,31 +138,33 @@ class AlignmentMeter:
         given = {"x": x, "x_prime": x_prime, "y": y, "gate": gate}
         padded = {name: values.detach() for name, values in given.items() if values is not None}
         self._check(padded, mask)
-        real = {name: values[mask] for name, values in padded.items()}
-        nonzero = {name: _nonzero_rows(name, values, mask) for name, values in real.items()}
-        kept = nonzero["x"] & nonzero["x_prime"]
-        self._rows["rows"] += int(kept.sum())
-        self._rows["rows_without_update"] += int((~nonzero["x_prime"]).sum())
-        self._rows["rows_without_x"] += int((~nonzero["x"]).sum())
-        # Small blocks of rows: what is made on the way then stays in the cache.
-        step = max(1, BLOCK // x.shape[2])
-        if "y" in real:
-            for rows in (nonzero["x"] & nonzero["y"]).nonzero().squeeze(1).split(step):
-                self._add_cosines("cos_xy", _cosines(real["x"][rows].double(), real["y"][rows].double()))
-        measured = kept.nonzero().squeeze(1)
-        other, several = _other_user(_age(mask)[mask][kept])
-        for block in torch.arange(len(measured), device=x.device).split(step):
-            rows = measured[block]
-            X, P = real["x"][rows].double(), real["x_prime"][rows].double()
-            self._add_cosines("cos", _cosines(X, P))
-            null = _cosines(X, real["x_prime"][measured[other[block]]].double())[several[block]]
-            self._add("null_perm_signed", null)
-            self._add("null_perm_mean_abs", null.abs())
-            self._add("norm_x", _norm(X))
+        direction = {name: _has_direction(name, values, mask) for name, values in padded.items()}
+        measured = direction["x"] & direction["x_prime"]
+        self._rows["rows"] += int(measured.sum())
+        self._rows["rows_without_update"] += int((mask & ~direction["x_prime"]).sum())
+        self._rows["rows_without_x"] += int((mask & ~direction["x"]).sum())
+        flat = {name: values.reshape(-1, values.shape[2]) for name, values in padded.items()}
+        step = max(1, BLOCK // x.shape[2]) if x.device.type == "cpu" else max(1, mask.numel())
+        if "y" in flat:
+            for rows in _places(direction["x"] & direction["y"]).split(step):
+                X, Y = (flat[name].index_select(0, rows).double() for name in ("x", "y"))
+                self._add_cosines("cos_xy", _dot(X, Y) / (_norm(X) * _norm(Y)))
+        places = _places(measured)
+        other, several = _other_user(_age(mask)[measured])
+        for rows, others, exchanged in zip(
+            places.split(step), places[other].split(step), several.split(step), strict=True
+        ):
+            # in float64, where the square of no float32 over- or underflows
+            X, P, Q = (flat["x"][rows].double(), flat["x_prime"][rows].double(), flat["x_prime"][others].double())
+            norm_x = _norm(X)
+            U = X / norm_x.unsqueeze(1)
+            self._add_cosines("cos", _dot(U, P) / _norm(P))
+            self._add_cosines("null_perm", (_dot(U, Q) / _norm(Q))[exchanged])
+            self._add("norm_x", norm_x)
             self._add("norm_x_prime", _norm(P))
-            self._add_split("norm", X, P)
-            if "gate" in real:
-                self._add_split("gated_norm", X, real["gate"][rows].double() * P)
+            self._add_split("norm", U, P)
+            if "gate" in flat:
+                self._add_split("gated_norm", U, flat["gate"][rows].double() * P)
 
     def result(self) -> dict[str, float]:
         """All measures so far, as `cosine` returns them.
@@ -198,11 +202,11 @@ class AlignmentMeter:
         self._add(f"{name}_signed", cosines)
         self._add(f"{name}_mean_abs", cosines.abs())
 
-    def _add_split(self, name: str, x: Tensor, update: Tensor) -> None:
-        """Norms of the component of `update` along x, `(update . x / x . x) x`, and of the rest."""
-        along = ((update * x).sum(dim=1) / (x * x).sum(dim=1)).unsqueeze(1) * x
-        self._add(f"{name}_along", _norm(along))
-        self._add(f"{name}_across", _norm(update - along))
+    def _add_split(self, name: str, unit: Tensor, update: Tensor) -> None:
+        """Norms of the component of `update` along a unit vector, `(update . unit) unit`, and of the rest."""
+        along = _dot(update, unit)
+        self._add(f"{name}_along", along.abs())
+        self._add(f"{name}_across", _norm(update - along.unsqueeze(1) * unit))
 
 
 def null_mean_abs(dim: int) -> float:
@@ -214,24 +218,27 @@ def null_mean_abs(dim: int) -> float:
     return math.exp(math.lgamma(dim / 2) - math.lgamma((dim + 1) / 2)) / math.sqrt(math.pi)
 
 
-def _nonzero_rows(
-    name: str, rows: Float[Tensor, "rows dim"], mask: Bool[Tensor, "batch length"]
-) -> Bool[Tensor, " rows"]:
-    """Which rows have a direction at all; raises at one that is not finite."""
-    largest = rows.abs().amax(dim=1)
+def _has_direction(
+    name: str, values: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"]
+) -> Bool[Tensor, "batch length"]:
+    """Which real positions are not exactly zero; raises at one that is not finite."""
+    largest = values.abs().amax(dim=2).masked_fill(~mask, 0)  # whatever stands on pads
     if not torch.isfinite(largest).all():
-        place = mask.nonzero()[int((~torch.isfinite(largest)).nonzero()[0])].tolist()
+        place = (~torch.isfinite(largest)).nonzero()[0].tolist()
         raise ValueError(f"{name} is not finite at (user, position) {tuple(place)}.")
-    nonzero: Tensor = largest > 0
-    return nonzero
+    return largest > 0
+
+
+def _places(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " rows"]:
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _dot(first: Float[Tensor, "rows dim"], second: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+    return (first * second).sum(dim=1)
 
 
 def _norm(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
-    return (rows * rows).sum(dim=1).sqrt()  # several times faster than torch's norm of float64 rows
-
-
-def _cosines(x: Float[Tensor, "rows dim"], other: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
-    return (x * other).sum(dim=1) / (_norm(x) * _norm(other))
+    return _dot(rows, rows).sqrt()  # several times faster than torch's norm of float64 rows
 
 
 def _age(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:

@@ -150,19 +150,29 @@ class Profile(BaseModel):
         return [self.config(**{**variant, "seed": seed}) for variant in variants for seed in self.seeds]
 
     @classmethod
-    def load(cls, name: str, folder: Path = PARAMS, **overrides: Any) -> Profile:
+    def load(cls, name: str, folder: Path | None = None, **overrides: Any) -> Profile:
         """Read `params/<name>.yaml` and lay `overrides` on top.
+
+        Parameters
+        ----------
+        folder
+            Where the profiles are; by default `params/` in the working directory, else beside the package. A relative
+            `store` is taken from where that folder stands, wherever a notebook's kernel was started.
 
         Raises
         ------
         ValueError
             For a profile that does not exist (the message lists those that do), an unknown key, a bad value.
         """
+        if folder is None:
+            beside_package = Path(__file__).parents[1] / PARAMS
+            folder = next((path for path in (PARAMS, beside_package) if path.is_dir()), PARAMS)
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
             raise ValueError(f"There is no profile {name!r} in {folder}; there are {', '.join(known) or 'none'}.")
         values = yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
-        return cls._checked({**values, "profile": name, **overrides})
+        profile = cls._checked({**values, "profile": name, **overrides})
+        return profile.model_copy(update={"store": str(folder.parent / profile.store)})
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> Profile:
@@ -187,7 +197,7 @@ def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None
     namespace
         The notebook's `globals()`; modules, private names and what IPython puts there are passed over.
     folder
-        Where the profiles are; by default `params/`, looked up in the working directory, then beside the package.
+        Where the profiles are; see `Profile.load`.
     """
     given = {
         name: value
@@ -199,9 +209,4 @@ def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None
     }
     if "profile" not in given:
         raise ValueError("The parameters cell must set profile, the name of a file in params/.")
-    if folder is None:
-        beside_package = Path(__file__).parents[1] / PARAMS
-        folder = next((path for path in (PARAMS, beside_package) if path.is_dir()), PARAMS)
-    profile = Profile.load(given.pop("profile"), folder, **given)
-    # The store stands beside params/, wherever the notebook's kernel was started.
-    return profile.model_copy(update={"store": str(folder.parent / profile.store)})
+    return Profile.load(given.pop("profile"), folder, **given)

@@ -19,7 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CUTOFFS = (1, 5, 10, 20)
-BLOCK = 2**21  # scores compared at a time: 8 MB in float32, so that the passes over a block stay in the cache
+# Scores compared at a time on a CPU: they stay in the cache, and torch does not spread so few over threads, which would
+# spend more time waiting for each other than counting, most of all when other processes want the cores too.
+BLOCK = 2**15
 
 
 def rank_of_target(
@@ -126,19 +128,18 @@ def _lead(scores: Tensor, reference: Tensor) -> Tensor:
     With G above, E equal, L below and n = G + E + L it gives G + E / 2 = (n + G - L) / 2: ranks with halves for ties
     out of one pass instead of two. Counts are exact up to 2^24 items.
     """
-    lead = torch.empty(len(scores), dtype=torch.float64, device=scores.device)
-    total = torch.empty(len(scores), device=scores.device)
-    step = max(1, BLOCK // max(1, scores.shape[1]))
+    step = max(1, BLOCK // max(1, scores.shape[1])) if scores.device.type == "cpu" else max(1, len(scores))
+    lead, total = (torch.empty(len(scores), device=scores.device) for _ in range(2))
     buffer = torch.empty_like(scores[:step])
-    for start in range(0, len(scores), step):
-        block = slice(start, start + step)
-        difference = torch.sub(scores[block], reference[block], out=buffer[: len(scores[block])])
-        total[block] = difference.sum(dim=1, dtype=torch.float32)
-        lead[block] = difference.sign_().sum(dim=1, dtype=torch.float32)
+    blocks = zip(*(part.split(step) for part in (scores, reference, lead, total)), strict=True)
+    for score, compared, lead_of, total_of in blocks:
+        difference = torch.sub(score, compared, out=buffer[: len(score)])
+        torch.sum(difference, dim=1, dtype=torch.float32, out=total_of)
+        torch.sum(difference.sign_(), dim=1, dtype=torch.float32, out=lead_of)
     # A NaN or an infinity shows in its row's total. So does an overflow of honest numbers, hence the closer look.
     if not torch.isfinite(total).all():
         _check_finite("scores", scores)
-    return lead
+    return lead.double()
 
 
 def _check_finite(name: str, scores: Tensor) -> None:

@@ -27,7 +27,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def referee(gca: GatedCrossAttention) -> nn.MultiheadAttention:
-    """torch's multi-head attention with the module's weights."""
+    """Torch's multi-head attention with the module's weights."""
     dim, attention = gca.dim, gca.attention
     other = nn.MultiheadAttention(dim, attention.heads, batch_first=True).double()
     with torch.no_grad():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -64,3 +62,44 @@ def test_the_comparator_refuses_what_it_does_not_know(monkeypatch: pytest.Monkey
     config = RunConfig(pair="tiny", dim=16, gca=(1,))
     with pytest.raises(ValueError, match=r"gca=\(1,\): the padded comparator knows cross-attention at point 0 only"):
         PaddedABXI(ABXI(config, NUM_ITEMS), config)
+
+
+def test_the_quick_benchmark_measures_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step as benchmark
+
+    out = tmp_path / "bench.json"
+    benchmark.main(["--quick", "--out", str(out)])
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert set(found["step"]) == {f"gca={gca} {precision}" for gca in ((), (0,)) for precision in ("fp32", "bf16")}
+    assert found["peak_gflop_per_s"].keys() == found["peak_memory_bytes"].keys() == {"fp32", "bf16"}
+    for step in found["step"].values():
+        parts = step["batch_ms"] + step["forward_ms"] + step["backward_ms"] + step["optimiser_ms"]
+        assert parts == pytest.approx(step["ms"]) and min(step.values()) > 0
+        assert step["gflop"] > step["gflop_in_attention"]  # which torch counts for GPUs only
+    assert found["step"]["gca=(0,) fp32"]["gflop"] > found["step"]["gca=() fp32"]["gflop"]
+    assert found["ranking"]["ratio"] > 0 and found["ranking"]["evaluate_ms"] > found["ranking"]["ranking_ms"]
+    assert 0 < found["loading"]["torch_share"] < 1 and found["loading"]["load_s"] > 0
+    for line in ("faster than padded fp32", "share of peak", "peak memory", "against bare products", "import gcalib"):
+        assert line in printed
+    assert "MISSED" not in printed  # goals are for the real pair
+
+
+def test_the_flops_of_a_step_are_those_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, as the benchmark counts it: 14 L^2 d for each of a stream's sequences."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from measure import ATTENTION
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from gcalib.layers import SelfAttention
+    from gcalib.packing import Layout
+
+    layout = Layout.of(torch.tensor([0, 0, 0, 1]), 2)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        SelfAttention(8, 2)(torch.randn(4, 8, requires_grad=True), [layout]).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert sum(counts[op] for op in ATTENTION) == 2 * 14 * 3**2 * 8
+    assert sum(counts.values()) - 2 * 14 * 3**2 * 8 == 3 * 2 * 4 * 8 * (24 + 8)  # forward and both gradients

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gcalib.config import PARAMS, Profile, RunConfig, divisors, notebook_parameters, run_id
-
-SHIPPED = sorted((Path(__file__).parents[1] / PARAMS).glob("*.yaml"))
+from gcalib.config import Profile, RunConfig, divisors, notebook_parameters, run_id
 
 
 def config(**changes: object) -> RunConfig:
@@ -146,12 +144,6 @@ def test_a_bad_profile_is_one_sentence_with_what_is_allowed(folder: Path, text: 
     assert "\n" not in str(failed.value) and not isinstance(failed.value, ValidationError)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_shipped_profiles_are_valid(path: Path) -> None:
-    assert Profile.load(path.stem, path.parent).profile == path.stem
-    assert path.read_text().startswith("# ")  # says what it is for
-
-
 # ----------------------------------------------------------------------------------------- the parameters cell
 
 
@@ -167,6 +159,7 @@ def notebook(**names: object) -> dict[str, object]:
 def test_a_parameters_cell_lies_on_top_of_its_profile(folder: Path) -> None:
     profile = notebook_parameters(notebook(profile="small", seeds=[8], workers=None), folder)
     assert (profile.profile, profile.seeds, profile.workers, profile.settings["dim"]) == ("small", (8,), 2, 16)
+    assert profile.store == str(folder.parent / "results")  # beside params/, wherever the kernel was started
 
 
 def test_a_misspelt_or_missing_parameter_stops_the_notebook(folder: Path) -> None:
