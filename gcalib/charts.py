@@ -13,11 +13,11 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from gcalib.rendering import COLOURS, GREY, enable
+from gcalib.rendering import COLOURS, GREY, GRID, enable
 
 __all__ = [
-    "attention_map", "cosine_and_ndcg", "cost", "enable", "gate_histogram", "lengths", "metric_with_intervals",
-    "popularity", "step_ratio", "tie_share",
+    "attention_map", "cosine_and_ndcg", "cost", "enable", "gate_histogram", "lengths", "lines", "metric_with_intervals",
+    "popularity", "step_ratio", "tie_share", "timeline", "visibility",
 ]  # fmt: skip
 POINTS = 60  # of a curve: what a panel can show
 _LINES = {
@@ -34,7 +34,7 @@ def cosine_and_ndcg(
     domains: Sequence[str] = ("A", "B"),
     point: int = 0,
     split: str = "val",
-    title: str = "How X′ turns away from X, and how ranking improves",
+    title: str = "How X′ stands to X, and how well the model ranks, epoch by epoch",
     subtitle: str = "",
 ) -> alt.VConcatChart:
     """|cos(X, X′)| over the epochs against its nulls, and NDCG@10 (full ranking) below, a column a domain.
@@ -256,6 +256,71 @@ def step_ratio(
     return _titled(base.mark_bar() + texts + one, title, subtitle)
 
 
+def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Chart:
+    """Events of some users by time, a line for each user and domain; a dot grows with the events of its day.
+
+    Parameters
+    ----------
+    frame
+        One row an event: `user` (a label), `domain`, `time` (seconds since 1970).
+    """
+    _check(frame, "user", "domain", "time")
+    days = frame.assign(day=frame["time"] // 86_400).groupby(["user", "domain", "day"], sort=False).size()
+    table = days.rename("events").reset_index()
+    table["year"] = 1970 + table["day"] / 365.2425
+    domains, counts = list(frame["domain"].unique()), sorted({1, int(table["events"].max())})
+    chart = _base(table, height=alt.Step(24)).mark_point(opacity=0.75).encode(
+        alt.X("year:Q", title="year", scale=alt.Scale(zero=False), axis=alt.Axis(format="d", tickMinStep=1)),
+        alt.Y("user:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.35)),
+        alt.YOffset("domain:N", sort=domains),
+        alt.Color("domain:N", title=None, sort=domains, legend=alt.Legend(orient="top")),
+        alt.Size("events:Q", title="events on the day", scale=alt.Scale(range=[30, 260]),
+                 legend=alt.Legend(orient="top", values=counts, symbolFillColor=GREY, symbolStrokeWidth=0)),
+    )  # fmt: skip
+    return _titled(chart, title, subtitle)
+
+
+def visibility(frame: pd.DataFrame, *, x_title: str, y_title: str, title: str, subtitle: str = "") -> alt.Chart:
+    """What each query may see: a square for each pair of query and key.
+
+    Parameters
+    ----------
+    frame
+        One row a square: `query` and `key` (positions, or names in order of appearance), `visible` (bool).
+    x_title, y_title
+        What keys and queries are.
+    """
+    _check(frame, "query", "key", "visible")
+    table = frame.assign(state=np.where(frame["visible"], "visible", "hidden"))
+    colours = alt.Scale(domain=["visible", "hidden"], range=[COLOURS[0], GRID])
+    chart = _base(table, width=alt.Step(24), height=alt.Step(24)).mark_rect(stroke="white").encode(
+        alt.X("key:O", title=x_title, sort=None, axis=alt.Axis(labelAngle=0)),
+        alt.Y("query:O", title=y_title, sort=None),
+        alt.Color("state:N", title=None, scale=colours, legend=alt.Legend(symbolType="square")),
+    )  # fmt: skip
+    return _titled(chart, title, subtitle)
+
+
+def lines(
+    frame: pd.DataFrame, *, x: str, y: str, x_title: str, y_title: str, title: str, subtitle: str = ""
+) -> alt.Chart:
+    """One line for each part, both axes linear; `cost` is the same on logarithmic axes.
+
+    Parameters
+    ----------
+    frame
+        One row a point: `part`, and the columns named by `x` and `y`.
+    x_title, y_title
+        What they are, with units.
+    """
+    _check(frame, "part", x, y)
+    chart = _base(frame).mark_line().encode(
+        alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(grid=False)),
+        alt.Y(f"{y}:Q", title=y_title), alt.Color("part:N", title=None, sort=None),
+    )  # fmt: skip
+    return _titled(chart, title, subtitle)
+
+
 def _check(frame: pd.DataFrame, *columns: str) -> None:
     missing = [name for name in columns if name not in frame]
     if missing:
@@ -273,7 +338,9 @@ def _base(frame: pd.DataFrame, **size: Any) -> alt.Chart:
 def _curve(curves: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean of a column over the runs at each epoch, thinned to `POINTS` epochs; a constant needs only its ends."""
     _check(curves, column)
-    mean = curves.groupby("epoch")[column].mean()
+    mean = curves.groupby("epoch")[column].mean().dropna()
+    if not len(mean):
+        raise ValueError(f"The column {column!r} holds no number: were these runs without that cross-attention?")
     count = min(len(mean), 2 if mean.nunique() == 1 else POINTS)
     kept = np.unique(np.linspace(0, len(mean) - 1, count).round().astype(int))
     return mean.iloc[kept].rename("value").reset_index()

@@ -149,7 +149,10 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do() -> 
 
 @pytest.mark.parametrize(
     ("shape_x", "shape_y"),
-    [((2, 3, 8), (2, 3, 7)), ((2, 3, 7), (2, 3, 8)), ((2, 3, 8), (3, 3, 8)), ((3, 8), (3, 8)), ((2, 3, 8), (8,))],
+    [
+        ((2, 3, 8), (2, 3, 7)), ((2, 3, 7), (2, 3, 8)), ((2, 3, 8), (3, 3, 8)), ((3, 8), (3, 8)), ((2, 3, 8), (8,)),
+        ((2, 3, 8), (2, 0, 8)),
+    ],  # fmt: skip
 )
 def test_shapes_that_do_not_fit_are_named(shape_x: tuple[int, ...], shape_y: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"must be \(batch, length, 8\) with the same batch") as failed:

@@ -66,6 +66,20 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
             pd.DataFrame(costs, columns=["part", "length", "ms"]),
             x="length", y="ms", x_title="length (events)", y_title="time (ms)", title="T",
         ),
+        "lines": charts.lines(
+            pd.DataFrame({"part": ["a", "a", "b", "b"], "x": [0, 1] * 2, "y": [0, 1, 1, 0]}),
+            x="x", y="y", x_title="cosine", y_title="angle (degrees)", title="T",
+        ),
+        "timeline": charts.timeline(
+            pd.DataFrame(
+                {"user": np.repeat(["user 1", "user 2"], 40), "domain": np.tile(DOMAINS, 40),
+                 "time": 86_400 * rng.integers(12_000, 16_000, 80)}
+            ), title="T",
+        ),
+        "visibility": charts.visibility(
+            pd.DataFrame([{"query": q, "key": k, "visible": k <= q} for q in range(20) for k in range(20)]),
+            x_title="key", y_title="query", title="T",
+        ),
         "step_ratio": charts.step_ratio(pd.DataFrame({"step": ["fp32", "bf16"], "ratio": [11.0, 22.0]}), title="T"),
     }  # fmt: skip
 
@@ -186,6 +200,15 @@ def test_a_null_that_was_not_measured_is_not_in_the_legend():
     with_it = charts.cosine_and_ndcg(curves().assign(**initial)).to_dict()
     assert "untrained module" not in json.dumps(without)
     assert "untrained module" in json.dumps(with_it["vconcat"][0])
+
+
+def test_runs_without_the_module_leave_its_curves_alone():
+    beside = curves(300).drop(columns=[name for name in curves() if "gca0" in name])
+    spec = charts.cosine_and_ndcg(pd.concat([curves(10), beside])).to_dict()
+    rows = [row for table in spec["datasets"].values() for row in table if row.get("line") == "measured"]
+    assert max(row["epoch"] for row in rows) == 10
+    with pytest.raises(ValueError, match="cos_mean_abs' holds no number"):
+        charts.cosine_and_ndcg(pd.concat([curves(10), beside]).query("epoch > 10"))
 
 
 def test_lengths_count_empty_bins_and_percent():
