@@ -13,23 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from padded import PaddedABXI, draw_for_each_position, pad_batch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 import gcalib.training
 from gcalib import RunConfig, build_model
 from gcalib.data import Pair
 from gcalib.data.batches import length_batches
+from gcalib.experiments import CPU_ATTENTION_FLOPS
 from gcalib.training import EVAL_USERS, Trainer, evaluate
 
 PRECISIONS = ("fp32", "bf16")
 COMPARATOR_BYTES = 12e9  # it takes 9 to 10 GB at full size
-# torch's counter knows the attention of GPUs only
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
 FRESH_TRAINING = """
 import sys, torch
 from gcalib import RunConfig, load_pair
@@ -107,11 +101,11 @@ def our_step(config: RunConfig, pair: Pair, peak: float, repeats: int) -> dict[s
     batches = list(length_batches(trainer.lengths, config.batch_size, None))
     batches = [users for number, users in enumerate(batches) if number % 4 in (1, 2)]  # the middle of each four
     rows = statistics.mean(trainer.batch(users).rows for users in batches)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:  # also warms up
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:  # also warms up
         for users in batches:
             trainer.step(users)
     counts = counter.get_flop_counts()["Global"]
-    attention = sum(count for op, count in counts.items() if op in ATTENTION) / len(batches) / 1e9
+    attention = sum(count for op, count in counts.items() if op in CPU_ATTENTION_FLOPS) / len(batches) / 1e9
     gflop = sum(counts.values()) / len(batches) / 1e9
     trainer.batch = watch.around("batch", trainer.batch)  # type: ignore[method-assign]
     trainer.model.loss = watch.around("forward", trainer.model.loss)  # type: ignore[method-assign]

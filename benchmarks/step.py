@@ -2,12 +2,11 @@
 
 Every ratio comes from one run on one machine, which should have nothing else to do.
 
-- A training step is `gcalib.training.Trainer.step` at dim 256 and batch 256, over half the batches of an epoch (in order
-  of length, the middle two of every four), each with the median of some repeats. The comparator is the same step as it
-  is ordinarily written (`padded.py`), for which all batches are alike.
-- Arithmetic is counted by torch. Its counter does not know the attention of CPUs, so that `flops_per_step` of a record
-  is without the products inside attention: 14 L^2 d for a sequence padded to length L in its batch (two products
-  forward, five backward, 2 L^2 d each). They are added here, hidden keys included, as is torch's convention.
+- A training step is `gcalib.training.Trainer.step` at dim 256 and batch 256, over half the batches of an epoch (in
+  order of length, the middle two of every four), each with the median of some repeats. The comparator is the same step
+  as it is ordinarily written (`padded.py`), for which all batches are alike.
+- Arithmetic is counted by torch, as for `flops_per_step` of a record: matrix products, and attention as 14 L^2 d for a
+  sequence padded to length L in its batch (two products forward, five backward, hidden keys included).
   The machine's peak is the best rate of a large square product.
 - Ranking is `gcalib.training.evaluate` on all users, protocol `full`, less the time in the model and in building
   batches; beside it the bare products of states and item vectors, in the same pieces.

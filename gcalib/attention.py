@@ -30,7 +30,8 @@ class Tap:
     """What one gated cross-attention saw and made in one forward pass, detached, over its real query rows.
 
     `y` is the row that stands beside x in the gate's input (zero where there is none); `updated` is False for rows
-    without a visible key, whose `x_prime` is exactly zero. `attention` holds the weights when they were asked for.
+    without a visible key, whose `x_prime` is exactly zero. `attention` holds the weights when they were asked for,
+    left-aligned (pads last), as the module sees them; `padded` puts pads first.
     """
 
     name: str
@@ -100,7 +101,7 @@ class CrossAttention(nn.Module):
         attention = None
         if weights:
             logits = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
-            attention = logits.masked_fill(~shown, float("-inf")).softmax(dim=-1) * visible[:, None, :, None]
+            attention = logits.detach().masked_fill(~shown, float("-inf")).softmax(dim=-1) * visible[:, None, :, None]
         heads = attend(q, k, v, shown)
         updated = visible.view(-1)[layout_x.index]
         x_prime = self.out(layout_x.unpad(merge_heads(heads)))
@@ -168,9 +169,9 @@ class GatedCrossAttention(nn.Module):
         ValueError
             If the shapes of x, y and the masks do not fit each other.
         """
+        self._check(x, y, query_mask, key_mask)
         B, Lx, _ = x.size()
         Ly = y.size(1)
-        self._check(x, y, query_mask, key_mask)
         queries = torch.ones(B, Lx, dtype=torch.bool, device=x.device) if query_mask is None else query_mask
         keys = torch.ones(B, Ly, dtype=torch.bool, device=x.device) if key_mask is None else key_mask
         beside = torch.arange(Lx, device=x.device) + Ly - Lx
@@ -220,9 +221,11 @@ class GatedCrossAttention(nn.Module):
         return logits.sigmoid() if self.gate_name == "sigmoid" else logits.tanh()
 
     def _check(self, x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> None:
-        if x.dim() != 3 or y.dim() != 3 or x.size(0) != y.size(0) or x.size(2) != self.dim or y.size(2) != self.dim:
+        fits = x.dim() == y.dim() == 3 and len(x) == len(y) and x.size(2) == y.size(2) == self.dim
+        if not fits or not x.numel() or not y.numel():
             raise ValueError(
-                f"x {tuple(x.shape)} and y {tuple(y.shape)} must be (batch, length, {self.dim}) with the same batch."
+                f"x {tuple(x.shape)} and y {tuple(y.shape)} must be (batch, length, {self.dim}) with the same batch, "
+                "neither empty."
             )
         for name, mask, of in (("query_mask", query_mask, x), ("key_mask", key_mask, y)):
             if mask is not None and (mask.shape != of.shape[:2] or mask.dtype != torch.bool):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -75,10 +76,12 @@ class RunConfig(BaseModel):
     @field_validator("gca", mode="before")
     @classmethod
     def _insertion_points(cls, value: Any) -> Any:
-        points = [value] if isinstance(value, int) else list(value)
+        points = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        if not all(isinstance(point, Integral) for point in points):
+            raise ValueError(f"an insertion point or a list of them is needed, such as 0 or [0, 1], got {value!r}")
         if len(set(points)) != len(points):
             raise ValueError(f"each insertion point may be named once, got {tuple(points)}")
-        return tuple(sorted(points))
+        return tuple(sorted(map(int, points)))
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Self:
@@ -138,7 +141,13 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _settings_are_valid(self) -> Self:
-        RunConfig(**{"pair": self.pair, **self.settings})
+        if own := {"pair", "seed"} & set(self.settings):
+            raise ValueError(f"settings may not hold {', '.join(sorted(own))}: a profile has pair and seeds for that")
+        try:
+            RunConfig(**{"pair": self.pair, **self.settings})
+        except ValidationError as error:
+            allowed = ", ".join(name for name in RunConfig.model_fields if name not in ("pair", "seed"))
+            raise ValueError(f"{_faults(error)}; settings may hold {allowed}") from None
         return self
 
     def config(self, **changes: Any) -> RunConfig:
@@ -170,7 +179,14 @@ class Profile(BaseModel):
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
             raise ValueError(f"There is no profile {name!r} in {folder}; there are {', '.join(known) or 'none'}.")
-        values = yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
+        path = folder / f"{name}.yaml"
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ValueError(f"{path}, line {line}, is no YAML: {error.problem}.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold parameters, one 'name: value' a line.")
         profile = cls._checked({**values, "profile": name, **overrides})
         return profile.model_copy(update={"store": str(folder.parent / profile.store)})
 
@@ -180,10 +196,12 @@ class Profile(BaseModel):
             return cls(**values)
         except ValidationError as error:
             allowed = ", ".join(cls.model_fields)
-            faults = "; ".join(
-                f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
-            )
-            raise ValueError(f"Bad parameters: {faults}. The parameters are {allowed}.") from None
+            raise ValueError(f"Bad parameters: {_faults(error)}. The parameters are {allowed}.") from None
+
+
+def _faults(error: ValidationError) -> str:
+    """What pydantic found wrong, in one line."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors())
 
 
 def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None) -> Profile:

@@ -23,7 +23,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from gcalib.attention import GatedCrossAttention
@@ -47,6 +47,14 @@ log = logging.getLogger("gcalib")
 
 RESULTS_VERSION = 1
 """Raise by hand whenever a change alters results; `tests/test_experiments.py` pins a tiny run to it."""
+
+# torch's counter knows the attention of GPUs only
+CPU_ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 CIRCUMSTANCES = ("seconds", "peak_memory_bytes", "device", "threads")
 """Columns of a record that may differ between two runs of the same config."""
@@ -306,7 +314,7 @@ def _with_initial_gca(model: Recommender, config: RunConfig, pair: Pair) -> Reco
 
 
 def flops_per_step(config: RunConfig, pair: Pair) -> int:
-    """Floating-point operations of matrix products in one training step, forward and backward.
+    """Floating-point operations of the matrix products and attention of one training step, forward and backward.
 
     Counted by torch on one batch of users spread evenly over all lengths.
     """
@@ -315,7 +323,7 @@ def flops_per_step(config: RunConfig, pair: Pair) -> int:
         trainer = Trainer(config, pair, torch.device("cpu"))
         size = min(config.batch_size, pair.num_users)
         users = np.argsort(trainer.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
             trainer.step(users)
     return int(counter.get_total_flops())
 
@@ -330,7 +338,8 @@ def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the process's earlier peak
+        with suppress(OSError):  # some containers forbid it: then the peak is the process's so far
+            Path("/proc/self/clear_refs").write_text("5")  # forget the process's earlier peak
 
 
 def _peak_memory(device: torch.device) -> int:

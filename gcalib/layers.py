@@ -21,7 +21,7 @@ class Dropout(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.threshold = round(256 * rate)
+        self.threshold = min(255, round(256 * rate))  # something is always kept
 
     def forward(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         if not self.training or self.threshold == 0:

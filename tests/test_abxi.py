@@ -112,7 +112,8 @@ def random_history(rng: np.random.Generator, length: int) -> np.ndarray:
 
 def states_by_slot(model: ABXI, sequences: list[np.ndarray]) -> dict[tuple[int, int, int], torch.Tensor]:
     """Training states, by (user, slot, domain of the target)."""
-    batch = make_batch(sequences, 20, window=12, training=True, tails=model.reads_tails, as_published=model.as_published)
+    options = {"tails": model.reads_tails, "as_published": model.as_published}
+    batch = make_batch(sequences, 20, window=12, training=True, **options)
     with torch.no_grad():
         states = model.train()(batch)
     return {

@@ -88,18 +88,17 @@ def test_the_quick_benchmark_measures_everything(
     assert "MISSED" not in printed  # goals are for the real pair
 
 
-def test_the_flops_of_a_step_are_those_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention, as the benchmark counts it: 14 L^2 d for each of a stream's sequences."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from measure import ATTENTION
+def test_the_flops_of_a_step_are_those_of_its_formula() -> None:
+    """Attention, as records and the benchmark count it: 14 L^2 d for each of a stream's sequences."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from gcalib.experiments import CPU_ATTENTION_FLOPS
     from gcalib.layers import SelfAttention
     from gcalib.packing import Layout
 
     layout = Layout.of(torch.tensor([0, 0, 0, 1]), 2)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
         SelfAttention(8, 2)(torch.randn(4, 8, requires_grad=True), [layout]).sum().backward()
     counts = counter.get_flop_counts()["Global"]
-    assert sum(counts[op] for op in ATTENTION) == 2 * 14 * 3**2 * 8
+    assert sum(counts[op] for op in CPU_ATTENTION_FLOPS) == 2 * 14 * 3**2 * 8
     assert sum(counts.values()) - 2 * 14 * 3**2 * 8 == 3 * 2 * 4 * 8 * (24 + 8)  # forward and both gradients

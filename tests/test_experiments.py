@@ -13,7 +13,14 @@ import gcalib.experiments
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
 from gcalib.experiments import (
-    RESULTS_VERSION, GridError, RunStore, load_curves, load_results, record_sha256, run, run_grid,
+    RESULTS_VERSION,
+    GridError,
+    RunStore,
+    load_curves,
+    load_results,
+    record_sha256,
+    run,
+    run_grid,
 )  # fmt: skip
 
 TINY = "synthetic:num_users=120,items_a=110,items_b=115"
@@ -85,7 +92,8 @@ def test_the_golden_run_is_pinned_to_the_results_version(tmp_path: Path) -> None
     assert json.loads(json.dumps(defaults)) | golden["defaults"] == json.loads(json.dumps(defaults)), hint
     assert record["run_id"] == golden["run_id"], hint
     # Other processors round matrix products otherwise; a real change of results moves figures far more.
-    assert {key: figures[key] for key in golden["figures"]} == pytest.approx(golden["figures"], rel=2e-3, abs=2e-4), hint
+    found = {key: figures[key] for key in golden["figures"]}
+    assert found == pytest.approx(golden["figures"], rel=2e-3, abs=2e-4), hint
 
 
 def test_run_id_depends_on_config_data_and_version_only() -> None:

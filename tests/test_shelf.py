@@ -101,7 +101,7 @@ def test_an_unknown_parameter_stops_with_the_list_of_the_known(project: Path) ->
 
     with pytest.raises(papermill.PapermillExecutionError, match=r"sedes.*The parameters are profile, pair, seeds"):
         papermill.execute_notebook(
-            "notebooks/01_works.ipynb", "out.ipynb", parameters={"sedes": [1]}, kernel_name="python3", language="python",
+            "notebooks/01_works.ipynb", "out.ipynb", {"sedes": [1]}, kernel_name="python3", language="python",
             progress_bar=False,
         )  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_two_runs_of_one_seed_are_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gca", [(), (0, 1)])
-def test_an_interrupted_fit_ends_where_an_undisturbed_one_does(pair: Pair, tmp_path: Path, gca: tuple[int, ...]) -> None:
+def test_an_interrupted_fit_ends_as_an_undisturbed_one(pair: Pair, tmp_path: Path, gca: tuple[int, ...]) -> None:
     class Stop(Exception):
         pass
 

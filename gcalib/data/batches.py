@@ -45,7 +45,8 @@ class Stream:
 class Queries:
     """Predictions asked of one domain: the mixed row and the domain's own row (-1: no item of it yet) behind each.
 
-    `last` finds the newest query of each user; `targets` holds the item ids that follow, 0 where unknown.
+    `last` finds the queries at users' newest slots (in evaluation, one a user); `targets` holds the item ids that
+    follow, 0 where unknown.
     """
 
     mixed_row: Int[Tensor, " queries"]

@@ -152,8 +152,9 @@ class ABXI(Recommender):
         place[negatives] = torch.arange(len(negatives), device=negatives.device)
         losses = []
         for state, queries in zip(self(batch), batch.queries, strict=True):
-            positive = (state * self.item(queries.targets)).sum(dim=1).float() / self.temperature
-            negative = (state @ vectors.T).float() / self.temperature
+            positive = (state * self.item(queries.targets)).sum(dim=1) / self.temperature
+            # the softmax over a thousand negatives needs more digits than bf16 has
+            negative = (state @ vectors.T).to(positive.dtype) / self.temperature
             # A target drawn as a negative is no negative of its own row.
             hit = torch.nonzero(place[queries.targets] >= 0).squeeze(1)
             negative = negative.index_put((hit, place[queries.targets[hit]]), negative.new_tensor(float("-inf")))
