@@ -15,12 +15,13 @@ import torch
 from padded import PaddedABXI, draw_for_each_position, pad_batch
 from torch.utils.flop_counter import FlopCounterMode
 
-import gcalib.training
+import gcalib.evaluation
 from gcalib import RunConfig, build_model
 from gcalib.data import Pair
 from gcalib.data.batches import length_batches
+from gcalib.evaluation import EVAL_USERS, evaluate
 from gcalib.experiments import CPU_ATTENTION_FLOPS
-from gcalib.training import EVAL_USERS, Trainer, evaluate
+from gcalib.training import Trainer
 
 PRECISIONS = ("fp32", "bf16")
 COMPARATOR_BYTES = 12e9  # it takes 9 to 10 GB at full size
@@ -29,7 +30,8 @@ import sys, torch
 from gcalib import RunConfig, load_pair
 from gcalib.data.batches import length_batches
 from gcalib.experiments import _peak_memory
-from gcalib.training import Trainer, evaluate
+from gcalib.evaluation import evaluate
+from gcalib.training import Trainer
 config = RunConfig.model_validate_json(sys.argv[1])
 trainer = Trainer(config, load_pair(config.pair), torch.device("cpu"))
 batches = list(length_batches(trainer.lengths, config.batch_size, None))
@@ -166,9 +168,9 @@ def ranking(config: RunConfig, pair: Pair, repeats: int) -> dict[str, float]:
         for state, vectors in states:
             state @ vectors.T
 
-    make_batch = gcalib.training.make_batch
+    make_batch = gcalib.evaluation.make_batch
     model.forward = watch.around("model", model.forward)  # type: ignore[method-assign]
-    gcalib.training.make_batch = watch.around("batch", make_batch)
+    gcalib.evaluation.make_batch = watch.around("batch", make_batch)
     found = {}
     try:
         for name, protocols in (("full", ("full",)), ("all", ("full", "s999", "s100"))):
@@ -178,7 +180,7 @@ def ranking(config: RunConfig, pair: Pair, repeats: int) -> dict[str, float]:
             ][1:]  # the first draws the candidates, once for a pair
             found[name] = min(laps, key=lambda lap: lap["total"] - lap["model"] - lap["batch"])
     finally:
-        gcalib.training.make_batch = make_batch
+        gcalib.evaluation.make_batch = make_batch
     bare = min(seconds(products) for _ in range(repeats + 1))
     full = found["full"]
     ranked = {name: lap["total"] - lap["model"] - lap["batch"] for name, lap in found.items()}

@@ -8,7 +8,7 @@ Every ratio comes from one run on one machine, which should have nothing else to
 - Arithmetic is counted by torch, as for `flops_per_step` of a record: matrix products, and attention as 14 L^2 d for a
   sequence padded to length L in its batch (two products forward, five backward, hidden keys included).
   The machine's peak is the best rate of a large square product.
-- Ranking is `gcalib.training.evaluate` on all users, protocol `full`, less the time in the model and in building
+- Ranking is `gcalib.evaluation.evaluate` on all users, protocol `full`, less the time in the model and in building
   batches; beside it the bare products of states and item vectors, in the same pieces.
 - Memory is the largest resident set of a fresh process that loads the pair, makes steps and validates.
 """

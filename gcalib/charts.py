@@ -269,7 +269,7 @@ def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Char
     table = days.rename("events").reset_index()
     table["year"] = 1970 + table["day"] / 365.2425
     domains, counts = list(frame["domain"].unique()), sorted({1, int(table["events"].max())})
-    chart = _base(table, height=alt.Step(24)).mark_point(opacity=0.75).encode(
+    chart = _base(table, height=alt.Step(15)).mark_point(opacity=0.75).encode(
         alt.X("year:Q", title="year", scale=alt.Scale(zero=False), axis=alt.Axis(format="d", tickMinStep=1)),
         alt.Y("user:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.35)),
         alt.YOffset("domain:N", sort=domains),
@@ -353,7 +353,7 @@ def _log(channel: type[Any], values: pd.Series, title: str, ticks: Sequence[floa
     every = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
     shown = list(ticks) or [value for value in every if values.min() <= value <= values.max()]
     # 1k and 1M, but 0.1 instead of SI's 100m, which beside a unit of ms would be misread
-    label = "datum.value < 1 ? format(datum.value, '~g') : format(datum.value, '~s')"
+    label = "datum.value < 1 ? format(datum.value, '~g') : format(datum.value, '.3~s')"
     axis = alt.Axis(values=shown, labelExpr=label, grid=False)
     return channel(f"{values.name}:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=axis)
 

@@ -40,8 +40,9 @@ from gcalib.attention import GatedCrossAttention
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import load_pair
+from gcalib.evaluation import evaluate
 from gcalib.models import Recommender, build_model
-from gcalib.training import Trainer, evaluate, fit, pick_device
+from gcalib.training import Trainer, fit, pick_device
 
 log = logging.getLogger("gcalib")
 
@@ -227,7 +228,7 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
         The config's fields, `run_id`, `params_total`, `params_trainable`, `params_embedding`, `flops_per_step`,
         `seconds`, `peak_memory_bytes`, `epochs_trained`, `best_epoch`, `stopped_early` (False: cut by `epochs`),
         `code_version`, `results_version`, `data_sha256`, and `<split>.<domain>...` figures of the best epoch
-        (see `gcalib.training.evaluate`; beside it `null_init_mean_abs`, from untrained cross-attention).
+        (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs`, from untrained cross-attention).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Training, evaluation and scoring of any `Recommender`: early stopping, checkpoints, exact resume."""
+"""Training of any `Recommender`: early stopping, checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gcalib.alignment import AlignmentMeter
-from gcalib.attention import tapping
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, length_batches, make_batch
-from gcalib.data.pair import Pair, SplitName
+from gcalib.data.pair import Pair
+from gcalib.evaluation import evaluate
 from gcalib.models import Recommender, build_model
-from gcalib.ranking import metrics, rank_among, rank_of_target
 
 log = logging.getLogger("gcalib")
-EVAL_USERS = 512  # users an evaluation batch
-SAMPLED = {"s999": 999, "s100": 100}
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 TRIM_ABOVE = 1.8e9  # bytes held between two steps
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -44,161 +40,6 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate(
-    model: Recommender,
-    pair: Pair,
-    split: SplitName,
-    *,
-    protocols: Sequence[str] = ("full", "s999", "s100"),
-    alignment: bool = True,
-    device: torch.device | None = None,
-) -> dict[str, float]:
-    """Rank every user's target and measure every cross-attention, in one pass over the users.
-
-    The sampled protocols are read out of the full ranking's scores. A protocol for which a domain has too few items
-    is left out.
-
-    Returns
-    -------
-    dict
-        `<domain>.<candidates>.<metric>` and `<domain>.gca<point>.<measure>`, domain a or b. Beside `full` stands
-        `full_seen`: the same over targets that occur in training.
-    """
-    device = device or next(model.parameters()).device
-    parts = pair.split(split)
-    fitting = [name for name in protocols if name in SAMPLED and _fits(pair, name)]
-    sampled = {name: pair.candidates(split, SAMPLED[name]) for name in fitting}
-    owner = pair.domain_of(parts.targets)
-    ranks = {name: np.zeros(pair.num_users) for name in ("full", *sampled)}
-    meters: dict[str, AlignmentMeter] = {}
-    vectors = [model.item_vectors(domain) for domain in (0, 1)]
-    was_training = model.training
-    model.eval()
-    with tapping(model) as taps:
-        for users in length_batches(parts.lengths, EVAL_USERS, None):
-            states = model(_evaluation_batch(model, [parts.history(user) for user in users]).to(device))
-            for domain in (0, 1):
-                asked = users[owner[users] == domain]
-                if len(asked) == 0:
-                    continue
-                first = 1 + domain * pair.num_items[0]
-                rows = torch.from_numpy(np.flatnonzero(owner[users] == domain)).to(device)
-                scores = states[domain][rows] @ vectors[domain].T
-                target = torch.from_numpy(parts.targets[asked] - first).to(device)
-                row, column = (t.to(device) for t in _interacted(pair, asked, domain))
-                ranks["full"][asked] = rank_of_target(scores, target, (row, column)).cpu().numpy()
-                of_target = scores.gather(1, target.unsqueeze(1)).squeeze(1)
-                for name, candidates in sampled.items():
-                    others = scores.gather(1, torch.from_numpy(candidates[asked] - first).to(device))
-                    ranks[name][asked] = rank_among(of_target, others).cpu().numpy()
-            if alignment:
-                for tap in taps:
-                    x, x_prime, y, gate = (tap.padded(t) for t in (tap.x, tap.x_prime, tap.y, tap.gate))
-                    meters.setdefault(tap.name, AlignmentMeter()).update(x, x_prime, tap.real(), y=y, gate=gate)
-            taps.clear()
-    model.train(was_training)
-
-    result: dict[str, float] = {}
-    known = ~pair.unseen_targets(split)
-    full_size = _full_candidates(pair, parts.targets)
-    for domain, letter in enumerate("ab"):
-        mine = owner == domain
-        for name in ranks:
-            size = full_size if name == "full" else np.full(pair.num_users, 1 + SAMPLED[name])
-            _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]) if mine.any() else {})
-        if (mine & known).any():
-            _put(result, f"{letter}.full_seen", metrics(ranks["full"][mine & known], full_size[mine & known]))
-        result[f"{letter}.targets"] = int(mine.sum())
-        result[f"{letter}.targets_unseen"] = int((mine & ~known).sum())
-    for name, meter in meters.items():
-        _put(result, name, meter.result())
-    return result
-
-
-def _put(result: dict[str, float], prefix: str, values: dict[str, float]) -> None:
-    result.update({f"{prefix}.{name}": value for name, value in values.items()})
-
-
-def _fits(pair: Pair, protocol: str) -> bool:
-    longest = int(pair.lengths.max())
-    return min(pair.num_items) - longest >= SAMPLED[protocol]
-
-
-def _evaluation_batch(model: Recommender, histories: list[np.ndarray]) -> Batch:
-    return make_batch(
-        histories, model.num_items[0], window=model.window, training=False, as_published=model.as_published
-    )
-
-
-def _interacted(pair: Pair, users: np.ndarray, domain: int) -> tuple[Tensor, Tensor]:
-    """(row, column) of all items of the domain that the users interacted with, the target among them."""
-    lengths = pair.lengths[users]
-    rows = np.repeat(np.arange(len(users)), lengths)
-    place = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    events = np.repeat(pair.offsets[users], lengths) + place
-    items = pair.items[events]
-    mine = pair.domain_of(items) == domain
-    first = 1 + domain * pair.num_items[0]
-    return torch.from_numpy(rows[mine]), torch.from_numpy(items[mine] - first)
-
-
-def _full_candidates(pair: Pair, targets: np.ndarray) -> np.ndarray:
-    """Candidates of the full protocol for each user: the target's domain less what else the user interacted with."""
-    owner = np.repeat(np.arange(pair.num_users), pair.lengths)
-    domain = pair.domain_of(targets)
-    same = pair.domain_of(pair.items) == domain[owner]
-    pairs = np.unique(np.stack([owner[same], pair.items[same]]), axis=1)
-    others = np.bincount(pairs[0], minlength=pair.num_users) - 1
-    size: np.ndarray = np.asarray(pair.num_items)[domain] - others
-    return size
-
-
-@torch.no_grad()
-def score(model: Recommender, pair: Pair, histories: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-    """Scores of every item of both domains as the next event of each history.
-
-    Parameters
-    ----------
-    histories
-        Item ids, oldest first; of a long history the model looks at the newest `model.window` events.
-
-    Returns
-    -------
-    np.ndarray
-        float32 (len(histories), 1 + nA + nB). Column i is item i; column 0, padding, is minus infinity. Scores
-        compare items of one domain; across domains they are comparable only as far as training made them so.
-
-    Raises
-    ------
-    ValueError
-        For an empty history, or an id outside 1..nA+nB; the message names the history.
-    """
-    total = sum(pair.num_items)
-    arrays = [np.asarray(history, dtype=np.int64) for history in histories]
-    for number, history in enumerate(arrays):
-        if history.ndim != 1 or len(history) == 0:
-            raise ValueError(f"History {number} must be a list of at least one item id.")
-        if history.min() < 1 or history.max() > total:
-            raise ValueError(f"History {number} holds an item id outside 1..{total}, the items of {pair.name}.")
-    result = np.full((len(arrays), 1 + total), -np.inf, dtype=np.float32)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    for users in length_batches(np.array([len(a) for a in arrays], dtype=np.int64), EVAL_USERS, None):
-        states = model(_evaluation_batch(model, [arrays[user] for user in users]).to(device))
-        both = [state @ model.item_vectors(domain).T for domain, state in enumerate(states)]
-        result[users, 1:] = torch.cat(both, dim=1).float().cpu().numpy()
-    model.train(was_training)
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------ training
 
 
 @dataclass

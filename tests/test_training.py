@@ -17,9 +17,10 @@ from gcalib.config import RunConfig
 from gcalib.data import load_pair
 from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
+from gcalib.evaluation import evaluate, score
 from gcalib.experiments import CIRCUMSTANCES, RunStore, load_curves, load_results, run
 from gcalib.models import build_model
-from gcalib.training import DivergedError, Trainer, draw_negatives, evaluate, fit, learning_rate, score
+from gcalib.training import DivergedError, Trainer, draw_negatives, fit, learning_rate
 
 TINY = "synthetic:num_users=150,items_a=120,items_b=130"
 

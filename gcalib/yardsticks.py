@@ -1,0 +1,107 @@
+"""Scorers that learn nothing beyond counts, and their ranks: what a trained model has to beat.
+
+A scorer is made for a pair and a domain, and then gives users a score for each item of that domain. All of them look
+at the test split: they count in training histories (`pair.split("val")`) and know what precedes the test target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from gcalib.data.pair import Pair
+from gcalib.ranking import rank_among, rank_of_target
+
+# int64 (users,) to float32 (users, items of the domain)
+Scorer = Callable[[np.ndarray], np.ndarray]
+USERS = 512  # scored at a time
+
+
+def training_events(pair: Pair) -> np.ndarray:
+    """Bool (events,), True for what training may see: all but the last two events of each user."""
+    pair.require_clock("Leave-one-out")
+    to_end = np.repeat(pair.offsets[1:], pair.lengths) - np.arange(len(pair.items))
+    seen: np.ndarray = to_end > 2
+    return seen
+
+
+def popularity(pair: Pair, domain: int) -> Scorer:
+    """Score an item by its number of training events: the same for every user."""
+    counts = np.bincount(pair.items[training_events(pair)], minlength=1 + sum(pair.num_items)).astype(np.float32)
+    of_domain = counts[_ids(pair, domain)]
+    return lambda users: np.tile(of_domain, (len(users), 1))
+
+
+def markov(pair: Pair, domain: int) -> Scorer:
+    """Score an item by how often it came right after the user's last item in a training history."""
+    owner, size = np.repeat(np.arange(pair.num_users), pair.lengths), 1 + sum(pair.num_items)
+    steps = np.flatnonzero(training_events(pair)[1:] & (owner[1:] == owner[:-1]))
+    ones = np.ones(len(steps), np.float32)
+    counts = sparse.coo_array((ones, (pair.items[steps], pair.items[steps + 1])), shape=(size, size)).tocsr()
+    last = _last_items(pair)
+    return lambda users: counts[last[users]].toarray()[:, _ids(pair, domain)]
+
+
+def nearest_id(pair: Pair, domain: int, side: int) -> Scorer:
+    """Score an item by how near its id lies above (`side=1`) or below (`side=-1`) that of the user's last item.
+
+    Items on the other side, and all items if the last one belongs to the other domain, score zero. Ids carry no
+    preference for a side, so what one side gains over the other it owes to the order in which events were filed.
+    """
+    last, ids = _last_items(pair), _ids(pair, domain)
+
+    def score(users: np.ndarray) -> np.ndarray:
+        gap = side * (ids - last[users][:, None])
+        usable = (gap > 0) & (pair.domain_of(last[users]) == domain)[:, None]
+        return np.where(usable, 1 / np.maximum(gap, 1), 0).astype(np.float32)
+
+    return score
+
+
+def ranks(pair: Pair, scorer: Scorer, domain: int, negatives: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the test targets of a domain under a scorer.
+
+    Parameters
+    ----------
+    negatives
+        Rank among that many sampled items (`Pair.candidates`); None ranks among all items of the domain that the user
+        does not have yet.
+
+    Returns
+    -------
+    ranks, num_candidates
+        float64 and int64 (users with a target in the domain,), as `gcalib.ranking.metrics` takes them.
+    """
+    test, first, size = pair.split("test"), 1 + domain * pair.num_items[0], pair.num_items[domain]
+    users = np.flatnonzero(pair.domain_of(test.targets) == domain)
+    found, sizes = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(users), USERS):
+        part = users[start : start + USERS]
+        scores, target = torch.from_numpy(scorer(part)), torch.from_numpy(test.targets[part] - first)
+        if negatives is None:
+            row = np.repeat(np.arange(len(part)), test.lengths[part])
+            items = np.concatenate([test.history(user) for user in part])
+            mine = pair.domain_of(items) == domain
+            of_target = np.arange(len(part)) * size + target.numpy()
+            keys = np.setdiff1d(row[mine] * size + items[mine] - first, of_target)
+            known = torch.from_numpy(keys // size), torch.from_numpy(keys % size)
+            found.append(rank_of_target(scores, target, known).numpy())
+            sizes.append(size - np.bincount(keys // size, minlength=len(part)))
+        else:
+            others = torch.from_numpy(pair.candidates("test", negatives)[part] - first)
+            found.append(rank_among(scores.gather(1, target[:, None])[:, 0], scores.gather(1, others)).numpy())
+            sizes.append(np.full(len(part), 1 + negatives))
+    return np.concatenate(found), np.concatenate(sizes)
+
+
+def _ids(pair: Pair, domain: int) -> np.ndarray:
+    return 1 + domain * pair.num_items[0] + np.arange(pair.num_items[domain])
+
+
+def _last_items(pair: Pair) -> np.ndarray:
+    """int64 (users,), the item before each test target."""
+    last: np.ndarray = pair.items[pair.split("test").stops - 1]
+    return last

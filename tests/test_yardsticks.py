@@ -1,0 +1,74 @@
+"""Scorers without training, on a pair small enough to count by hand; ranks against an independent count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gcalib import load_pair, yardsticks
+from gcalib.data.pair import Pair
+from gcalib.ranking import metrics
+
+# Histories for training end two events before the end of each row.
+ROWS = [[1, 2, 5, 2, 3], [1, 2, 6, 1, 4], [2, 5, 6, 7, 5]]
+TINY = Pair(
+    "tiny", ("a", "b"), np.concatenate(ROWS), np.arange(15) * 86_400, np.array([0, 5, 10, 15]), (4, 4), True, "shuffle"
+)
+ALL = np.arange(3)
+
+
+def test_training_sees_all_but_two_events():
+    assert TINY.items[yardsticks.training_events(TINY)].tolist() == [1, 2, 5, 1, 2, 6, 2, 5, 6]
+
+
+def test_popularity_counts_training_events():
+    assert yardsticks.popularity(TINY, 0)(ALL).tolist() == [[2, 3, 0, 0]] * 3
+    assert yardsticks.popularity(TINY, 1)(ALL).tolist() == [[2, 2, 0, 0]] * 3
+
+
+def test_markov_counts_what_followed_the_last_item():
+    # last items 2, 1, 7; training steps 1-2, 2-5, 1-2, 2-6, 2-5, 5-6
+    assert yardsticks.markov(TINY, 0)(ALL).tolist() == [[0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]]
+    assert yardsticks.markov(TINY, 1)(ALL).tolist() == [[2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_nearest_id_looks_to_one_side_and_inside_the_domain():
+    third = pytest.approx(1 / 3)
+    assert yardsticks.nearest_id(TINY, 0, 1)(ALL).tolist() == [[0, 0, 1, 0.5], [0, 1, 0.5, third], [0, 0, 0, 0]]
+    assert yardsticks.nearest_id(TINY, 0, -1)(ALL).tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert yardsticks.nearest_id(TINY, 1, -1)(ALL).tolist() == [[0] * 4, [0] * 4, [0.5, 1, 0, 0]]
+
+
+def test_full_ranks_leave_out_what_the_user_has():
+    # Target 3 of user 0 competes with 4 alone, and all score zero; so does target 4 of user 1 with 3.
+    rank, size = yardsticks.ranks(TINY, yardsticks.popularity(TINY, 0), 0)
+    assert rank.tolist() == [1.5, 1.5] and size.tolist() == [2, 2]
+    # Target 5 of user 2 is in the history: it competes nevertheless, with 8.
+    rank, size = yardsticks.ranks(TINY, yardsticks.popularity(TINY, 1), 1)
+    assert rank.tolist() == [1.0] and size.tolist() == [2]
+
+
+@pytest.mark.parametrize("domain", [0, 1])
+def test_ranks_agree_with_counting(domain):
+    pair = load_pair("synthetic:num_users=700")
+    scorer, test = yardsticks.popularity(pair, domain), pair.split("test")
+    users = np.flatnonzero(pair.domain_of(test.targets) == domain)
+    full, size = yardsticks.ranks(pair, scorer, domain)
+    sampled, of = yardsticks.ranks(pair, scorer, domain, negatives=100)
+    assert len(full) == len(sampled) == len(users) and set(of) == {101}
+    assert metrics(full, size)["auc"] > 0.6
+    first = 1 + domain * pair.num_items[0]
+    for place in range(0, len(users), 37):
+        user = users[place]
+        scores, target = scorer(users[place : place + 1])[0], test.targets[user] - first
+        free = np.setdiff1d(np.arange(pair.num_items[domain]), test.history(user) - first)
+        assert size[place] == len(free)
+        for rank, among in ((full, free), (sampled, np.append(pair.candidates("test", 100)[user] - first, target))):
+            better, equal = (scores[among] > scores[target]).sum(), (scores[among] == scores[target]).sum() - 1
+            assert rank[place] == 1 + better + equal / 2
+
+
+def test_a_pair_without_a_clock_is_refused():
+    pair = Pair("split", ("a", "b"), np.array([1, 2, 3, 4]), np.full(4, -1), np.array([0, 4]), (2, 2), False, "shuffle")
+    with pytest.raises(ValueError, match="split is a per-domain pair"):
+        yardsticks.popularity(pair, 0)
