@@ -269,12 +269,13 @@ def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Char
     table = days.rename("events").reset_index()
     table["year"] = 1970 + table["day"] / 365.2425
     domains, counts = list(frame["domain"].unique()), sorted({1, int(table["events"].max())})
-    chart = _base(table, height=alt.Step(15)).mark_point(opacity=0.75).encode(
-        alt.X("year:Q", title="year", scale=alt.Scale(zero=False), axis=alt.Axis(format="d", tickMinStep=1)),
+    axis = alt.Axis(format="d", tickMinStep=1, tickCount=6, grid=False)
+    chart = _base(table, height=alt.Step(15)).mark_point(opacity=1).encode(
+        alt.X("year:Q", title="year", scale=alt.Scale(zero=False), axis=axis),
         alt.Y("user:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.35)),
         alt.YOffset("domain:N", sort=domains),
         alt.Color("domain:N", title=None, sort=domains, legend=alt.Legend(orient="top")),
-        alt.Size("events:Q", title="events on the day", scale=alt.Scale(range=[30, 260]),
+        alt.Size("events:Q", title="events on the day", scale=alt.Scale(range=[25, 180]),
                  legend=alt.Legend(orient="top", values=counts, symbolFillColor=GREY, symbolStrokeWidth=0)),
     )  # fmt: skip
     return _titled(chart, title, subtitle)
