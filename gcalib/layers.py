@@ -162,3 +162,53 @@ class SelfAttention(nn.Module):
         causal = torch.full((L, L), float("-inf"), dtype=real, device=q.device).triu_(1).expand(B, L, L)
         bias = torch.cat([log_count.view(B, L, 1), causal], dim=2).unsqueeze(1)
         return attend(q, k, v, bias if q.device.type == "cpu" else bias.to(q.dtype))
+
+
+class TransformerEncoder(nn.Module):
+    """The sequence encoder of SASRec (Kang & McAuley, ICDM 2018, arXiv 1808.09781) on packed rows.
+
+    Each layer normalises the queries only, adds them (not the layer's input) to what attention found, and then adds
+    a two-layer ReLU network of the normalised sum, as the official code does:
+
+        q = LayerNorm(x);  x = q + Attention(q, x, x);  x = LayerNorm(x);  x = x + FFN(x)
+
+    and a last LayerNorm follows. `eps` is the official 1e-8.
+
+    Parameters
+    ----------
+    hidden
+        Inner width of the feed-forward layers; None is `dim`, as published.
+    """
+
+    def __init__(self, dim: int, layers: int, heads: int, dropout: float, hidden: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "query_norm": nn.LayerNorm(dim, eps=1e-8),
+                    "query": nn.Linear(dim, dim),
+                    "key_value": nn.Linear(dim, 2 * dim),
+                    "out": nn.Linear(dim, dim),
+                    "ffn_norm": nn.LayerNorm(dim, eps=1e-8),
+                    "inner": nn.Linear(dim, hidden or dim),
+                    "outer": nn.Linear(hidden or dim, dim),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.dropout = Dropout(dropout)
+        self.norm = nn.LayerNorm(dim, eps=1e-8)
+
+    def forward(self, x: Float[Tensor, "rows dim"], layout: Layout) -> Float[Tensor, "rows dim"]:
+        """Encode one stream, each row from itself and the rows before it."""
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
+            query = layer["query_norm"](x)
+            k, v = (split_heads(t, self.heads) for t in layout.pad(layer["key_value"](x)).chunk(2, dim=-1))
+            q = split_heads(layout.pad(layer["query"](query)), self.heads)
+            attended = layout.unpad(merge_heads(attend(q, k, v, causal=True)))
+            x = layer["ffn_norm"](query + layer["out"](attended))
+            x = x + self.dropout(layer["outer"](self.dropout(F.relu(layer["inner"](x)))))
+        normed: Tensor = self.norm(x)
+        return normed

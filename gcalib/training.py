@@ -77,13 +77,6 @@ def learning_rate(config: RunConfig, epoch: int, cuts: int) -> float:
     return config.lr * warm * config.plateau_factor**cuts
 
 
-def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: int) -> Tensor:
-    """Item ids, half from each domain (or the whole domain where it is smaller), none twice."""
-    nA, nB = num_items
-    drawn = [rng.choice(size, min(size, count // 2), replace=False, shuffle=False) for size in (nA, nB)]
-    return torch.from_numpy(np.concatenate([1 + drawn[0], 1 + nA + drawn[1]]))
-
-
 class Trainer:
     """One model, its optimiser and its data; `epoch()` makes one pass over the users.
 
@@ -109,18 +102,19 @@ class Trainer:
         model = self.model
         return make_batch(
             [self.sequences[user] for user in users], self.pair.num_items[0], window=model.window, training=True,
-            tails=model.reads_tails, as_published=model.as_published,
+            tails=model.reads_tails, as_published=model.as_published, users=users,
         ).to(self.device)  # fmt: skip
 
-    def step(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
-        """One optimiser step; returns the two domains' losses before it."""
-        negatives = draw_negatives(self.rng, self.pair.num_items, self.config.negatives).to(self.device)
+    def step(self, users: np.ndarray) -> dict[str, Tensor]:
+        """One optimiser step; returns the losses before it, by name."""
+        batch = self.batch(users)
+        negatives = self.model.negatives(batch, self.rng).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-            loss_a, loss_b = self.model.loss(self.batch(users), negatives)
+            losses = self.model.loss(batch, negatives)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss_a + loss_b).backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return loss_a.detach(), loss_b.detach()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def epoch(self, lr: float) -> dict[str, float]:
         """One pass over all users; returns the mean losses.
@@ -133,14 +127,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        total = torch.zeros(2, device=self.device)
+        total: dict[str, Tensor] = {}
         for users in length_batches(self.lengths, self.config.batch_size, self.rng):
-            total += torch.stack(self.step(users)).float() * (len(users) / self.pair.num_users)
+            for name, loss in self.step(users).items():
+                total[name] = total.get(name, 0.0) + loss.float() * (len(users) / len(self.lengths))
             _return_memory()
-        loss_a, loss_b = total.tolist()
-        if not math.isfinite(loss_a + loss_b):
+        means = {f"loss_{name}": float(loss) for name, loss in total.items()}
+        if not math.isfinite(sum(means.values())):
             raise DivergedError(f"The loss is no longer finite at learning rate {lr:g}: lower lr, or warm up longer.")
-        return {"loss_a": loss_a, "loss_b": loss_b, "lr": lr}
+        return {**means, "lr": lr}
 
 
 def _return_memory() -> None:
@@ -224,7 +219,7 @@ def _fit(
         if checkpoint is not None and save_cost <= CHECKPOINT_SHARE * (now - saved):
             _save(checkpoint, trainer, state, best_model)
             saved, save_cost = now, time.perf_counter() - now
-        loss = row["loss_a"] + row["loss_b"]
+        loss = sum(value for name, value in row.items() if name.startswith("loss_"))
         log.info(
             "%s epoch %d: loss %.4f, val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s",
             checkpoint.stem if checkpoint else config.model, state.epoch, loss, quality, state.best,

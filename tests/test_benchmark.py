@@ -45,7 +45,7 @@ def test_the_padded_comparator_has_our_states_losses_and_gradients(
         assert torch.equal(spread.targets[queries.sequence, column], queries.targets)
         assert torch.allclose(theirs[queries.sequence, column], ours, rtol=0, atol=1e-10)
     negatives = torch.tensor([5, 6, 7, 45, 46])  # nobody's target: ours would mask a hit, drawing would avoid it
-    ours = model.loss(batch, negatives)
+    ours = tuple(model.loss(batch, negatives).values())
     theirs = padded.loss(spread, negatives.expand(*spread.targets.shape, -1))
     assert [loss.item() for loss in theirs] == pytest.approx([loss.item() for loss in ours], rel=1e-6)
     sum(ours).backward()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gcalib.config import Profile, RunConfig, divisors, notebook_parameters, run_id
+from gcalib.config import READ_BY, Profile, RunConfig, divisors, notebook_parameters, run_id
 
 
 def config(**changes: object) -> RunConfig:
@@ -22,7 +22,7 @@ def config(**changes: object) -> RunConfig:
     [
         ({"dimm": 12}, "dimm\n.*Extra inputs are not permitted"),
         ({"gate": "relu"}, "gate\n.*'sigmoid' or 'tanh'"),
-        ({"model": "sasrec"}, "model\n.*'abxi'"),
+        ({"model": "bert4rec"}, "model\n.*'abxi'"),
         ({"dropout": 1.0}, "dropout\n.*less than 1"),
         ({"dim": 1}, "dim\n.*greater than or equal to 2"),
         ({"lr": 0}, "lr\n.*greater than 0"),
@@ -79,7 +79,9 @@ def test_run_ids_stay_what_they_were() -> None:
 @pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("pair", "model")])
 def test_every_field_that_differs_makes_another_run(name: str) -> None:
     other = {"ties": "published", "gca": (0,), "gate": "tanh", "select": "s100", "precision": "bf16", "hidden": 99}
-    base = config(gca=(1,))
+    other |= {"layers": 3, "text": "random", "adapter": 7, "local_init": "random", "support": 9, "latent": 0}
+    other |= {"objective": "infonce", "match": "flops", "match_axis": "layers"}
+    base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], match="params" if name == "match_axis" else None)
     value = other.get(name)
     if value is None:
         now = getattr(base, name)
@@ -87,6 +89,30 @@ def test_every_field_that_differs_makes_another_run(name: str) -> None:
     changed = base.but(**{name: value})
     assert run_id(changed, "data", 1) != run_id(base, "data", 1)
     assert run_id(changed.but(**{name: getattr(base, name)}), "data", 1) == run_id(base, "data", 1)
+
+
+def test_a_field_of_another_model_is_refused() -> None:
+    with pytest.raises(ValidationError, match="support is read by cdsrnp only, not by abxi"):
+        config(support=9)
+    with pytest.raises(ValidationError, match="needs gca, the cross-attention whose size"):
+        config(match="params")
+
+
+def test_rules_hold_for_their_model_and_pair(tmp_path: Path) -> None:
+    """Later rules win over earlier ones and over the settings, and what a notebook asks wins over all."""
+    (tmp_path / "p.yaml").write_text(
+        "settings: {dim: 16}\nrules:\n- {model: cdsrnp, settings: {dim: 32, support: 9}}\n"
+        "- {pair: food-kitchen, settings: {lr: 0.5}}\n- {model: cdsrnp, pair: food-kitchen, settings: {dim: 64}}\n"
+    )
+    profile = Profile.load("p", tmp_path)
+    assert profile.config().dim == 16 and profile.config().lr != 0.5
+    assert profile.config(model="cdsrnp").dim == 32 and profile.config(model="cdsrnp").support == 9
+    both = profile.config(model="cdsrnp", pair="food-kitchen")
+    assert both.dim == 64 and both.lr == 0.5 and both.support == 9
+    assert profile.config(model="cdsrnp", pair="food-kitchen", dim=8).dim == 8
+    (tmp_path / "bad.yaml").write_text("rules:\n- {model: abxi, settings: {support: 9}}\n")
+    with pytest.raises(ValueError, match="support is read by cdsrnp only"):
+        Profile.load("bad", tmp_path)
 
 
 @given(st.integers(1, 400))
@@ -128,7 +154,7 @@ def test_a_profile_that_does_not_exist_is_answered_with_those_that_do(folder: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sedes: [1]", r"sedes: .*The parameters are profile, pair, seeds, store, workers, settings\."),
+        ("sedes: [1]", r"sedes: .*The parameters are profile, pair, seeds, store, workers, settings, rules\."),
         ("seeds: []", r"seeds: .*at least 1 item"),
         ("workers: 0", r"workers: .*greater than or equal to 1"),
         ("settings: {dim: -1}", r"dim: .*greater than or equal to 2"),

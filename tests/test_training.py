@@ -20,7 +20,8 @@ from gcalib.data.synthetic import synthetic_pair
 from gcalib.evaluation import evaluate, score
 from gcalib.experiments import CIRCUMSTANCES, RunStore, load_curves, load_results, run
 from gcalib.models import build_model
-from gcalib.training import DivergedError, Trainer, draw_negatives, fit, learning_rate
+from gcalib.models.base import draw_negatives
+from gcalib.training import DivergedError, Trainer, fit, learning_rate
 
 TINY = "synthetic:num_users=150,items_a=120,items_b=130"
 

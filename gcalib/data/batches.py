@@ -67,12 +67,16 @@ class Queries:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of users: the streams (mixed, A, B) and the predictions asked in A and in B."""
+    """One batch of users: the streams (mixed, A, B) and the predictions asked in A and in B.
+
+    `users` names them by their number in the pair, where that is known (in training).
+    """
 
     size: int
     mixed: Stream
     own: tuple[Stream, Stream]
     queries: tuple[Queries, Queries]
+    users: Int[Tensor, " size"] | None = None
 
     @property
     def rows(self) -> int:
@@ -102,6 +106,7 @@ def make_batch(
     training: bool,
     tails: bool = False,
     as_published: bool = False,
+    users: np.ndarray | None = None,
 ) -> Batch:
     """Pack sequences of item ids.
 
@@ -118,6 +123,8 @@ def make_batch(
     as_published
         Count positions within each stream, as official ABXI does, instead of in the mixed sequence. In training the
         published form tells a row how many items of its domain are still to come.
+    users
+        Numbers of the users in their pair, for models that know something of a user beside the sequence.
 
     Raises
     ------
@@ -130,47 +137,48 @@ def make_batch(
     if len(lengths) == 0 or lengths.min() < needed:
         raise ValueError(f"A batch needs users with at least {needed} event(s) each; got lengths {lengths.tolist()}.")
     items = np.concatenate([sequence[-newest:] for sequence in sequences]).astype(np.int64)
-    users = np.repeat(np.arange(len(lengths)), lengths)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
-    event = np.arange(len(items)) - starts[users]
+    event = np.arange(len(items)) - starts[owner]
     slots = lengths - 1 if training else lengths  # a user's slots
     in_b = items > num_items_a
 
     mixed_starts = np.cumsum(slots) - slots
-    held = event < slots[users]  # in training the last event is a target only
-    mixed = _stream(items[held], users[held], event[held], event[held], slots, window, as_published=False)
-    following = np.append(items[1:], 0) * np.append(users[1:] == users[:-1], False)
+    held = event < slots[owner]  # in training the last event is a target only
+    mixed = _stream(items[held], owner[held], event[held], event[held], slots, window, as_published=False)
+    following = np.append(items[1:], 0) * np.append(owner[1:] == owner[:-1], False)
     targets = following[held]
-    is_last = event[held] == slots[users[held]] - 1
+    is_last = event[held] == slots[owner[held]] - 1
 
     own, queries = [], []
     for domain in (0, 1):
         rows = np.flatnonzero(in_b == bool(domain))
-        again = np.append(users[rows[1:]] == users[rows[:-1]], False) if len(rows) else np.zeros(0, dtype=bool)
+        again = np.append(owner[rows[1:]] == owner[rows[:-1]], False) if len(rows) else np.zeros(0, dtype=bool)
         next_row = np.append(rows[1:], 0)[: len(rows)]
-        slot = np.where(again, event[next_row] - 1, slots[users[rows]] - 1)
+        slot = np.where(again, event[next_row] - 1, slots[owner[rows]] - 1)
         # What the very last event is, is for its predictors to find out: it is no row.
-        kept = (again | tails | (not training)) & (event[rows] < slots[users[rows]])
+        kept = (again | tails | (not training)) & (event[rows] < slots[owner[rows]])
         rows, slot = rows[kept], slot[kept]
-        stream = _stream(items[rows], users[rows], event[rows], slot, slots, window, as_published)
+        stream = _stream(items[rows], owner[rows], event[rows], slot, slots, window, as_published)
         own.append(stream)
 
         wanted = (targets > num_items_a) == bool(domain)
         asked = np.flatnonzero(wanted & (targets > 0) | (is_last & (not training)))
         row_at = np.full(len(targets), -1)
-        row_at[mixed_starts[users[rows]] + slot] = np.arange(len(rows))  # a tail at the newest slot is never asked
-        asked_users = users[held][asked]
+        row_at[mixed_starts[owner[rows]] + slot] = np.arange(len(rows))  # a tail at the newest slot is never asked
+        asked_owner = owner[held][asked]
         queries.append(
             Queries(
                 mixed_row=torch.from_numpy(asked),
                 own_row=torch.from_numpy(row_at[asked]),
-                sequence=torch.from_numpy(asked_users),
+                sequence=torch.from_numpy(asked_owner),
                 slot=torch.from_numpy(event[held][asked]),
                 targets=torch.from_numpy(targets[asked]),
                 last=torch.from_numpy(np.flatnonzero(is_last[asked])),
             )
         )
-    return Batch(len(lengths), mixed, (own[0], own[1]), (queries[0], queries[1]))
+    numbers = None if users is None else torch.from_numpy(np.asarray(users, dtype=np.int64))
+    return Batch(len(lengths), mixed, (own[0], own[1]), (queries[0], queries[1]), numbers)
 
 
 def _stream(

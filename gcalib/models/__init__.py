@@ -6,8 +6,9 @@ from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
+from gcalib.models.sasrec import MixedSASRec, SASRec
 
-MODELS: dict[str, type[Recommender]] = {"abxi": ABXI}
+MODELS: dict[str, type[Recommender]] = {"abxi": ABXI, "sasrec": SASRec, "sasrec-mixed": MixedSASRec}
 
 
 def build_model(config: RunConfig, pair: Pair) -> Recommender:
@@ -16,10 +17,15 @@ def build_model(config: RunConfig, pair: Pair) -> Recommender:
     Raises
     ------
     ValueError
-        If the model needs one clock over both domains and the pair has none.
+        If the model has no such insertion point, or needs one clock over both domains and the pair has none.
     """
-    pair.require_clock(config.model)
-    return MODELS[config.model](config, pair.num_items)
+    kind = MODELS[config.model]
+    if missing := [point for point in config.gca if point not in kind.points]:
+        has = "; ".join(f"{point} ({where})" for point, where in kind.points.items()) or "none"
+        raise ValueError(f"{config.model} has no insertion point {missing[0]}: it has {has}.")
+    if kind.needs_clock:
+        pair.require_clock(config.model)
+    return kind.build(config, pair)
 
 
 __all__ = ["MODELS", "Recommender", "build_model"]

@@ -1,14 +1,19 @@
-"""What every model offers to training, evaluation and measurement, and the loss that they share."""
+"""What every model offers to training, evaluation and measurement, and the losses that they share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
+from gcalib.data.pair import Pair
 
 
 class Recommender(nn.Module, ABC):
@@ -16,18 +21,36 @@ class Recommender(nn.Module, ABC):
 
     Attributes
     ----------
+    points
+        The insertion points of gated cross-attention that the model has, and where they are.
+    needs_clock
+        Whether it needs the order of events across the two domains.
     num_items
         Items of A and of B; ids 1..nA are A's, nA+1..nA+nB are B's, 0 is padding.
     window
         Events of a history that the model looks at, the newest ones.
     as_published, reads_tails
         Passed on to `make_batch` (as `as_published` and `tails`).
+    num_negatives
+        Negatives that a training step draws (see `negatives`).
     """
+
+    points: ClassVar[dict[int, str]] = {}
+    needs_clock: ClassVar[bool] = True
 
     num_items: tuple[int, int]
     window: int
-    as_published: bool
-    reads_tails: bool
+    as_published: bool = False
+    reads_tails: bool = False
+    num_negatives: int
+
+    @classmethod
+    def build(cls, config: RunConfig, pair: Pair) -> Self:
+        """A fresh model for a pair; a model that reads more of the pair than its sizes overrides this."""
+        return cls(config, pair.num_items)
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
@@ -38,8 +61,45 @@ class Recommender(nn.Module, ABC):
         """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state."""
 
     @abstractmethod
-    def loss(self, batch: Batch, negatives: Int[Tensor, " negatives"]) -> tuple[Tensor, Tensor]:
-        """Training loss of both domains against negatives (item ids of either domain) shared by the batch."""
+    def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
+        """Training losses by name, to be added up: `"a"` and `"b"` of the two domains, and what else a model has."""
+
+    def negatives(self, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """What `loss` gets as negatives: by default `draw_negatives`, item ids shared by the whole batch."""
+        return draw_negatives(rng, self.num_items, self.num_negatives)
+
+    def facts(self) -> dict[str, Any]:
+        """What a record has to say of this model beside its config: columns by name."""
+        return {}
+
+
+def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: int) -> Int[Tensor, " negatives"]:
+    """Item ids, half from each domain (or the whole domain where it is smaller), none twice."""
+    nA, nB = num_items
+    drawn = [rng.choice(size, min(size, count // 2), replace=False, shuffle=False) for size in (nA, nB)]
+    return torch.from_numpy(np.concatenate([1 + drawn[0], 1 + nA + drawn[1]]))
+
+
+def shared_logits(
+    states: Float[Tensor, "queries dim"],
+    targets: Int[Tensor, " queries"],
+    target_vectors: Float[Tensor, "queries dim"],
+    negatives: Int[Tensor, " negatives"],
+    negative_vectors: Float[Tensor, "negatives dim"],
+) -> tuple[Float[Tensor, " queries"], Float[Tensor, "queries negatives"]]:
+    """Scores of each query's target and of negatives shared by all queries, as one matrix product.
+
+    A target drawn as a negative is no negative of its own query: its score there is minus infinity.
+    """
+    positive = (states * target_vectors).sum(dim=1)
+    # the softmax over a thousand negatives needs more digits than bf16 has
+    negative = (states @ negative_vectors.T).to(positive.dtype)
+    if not len(negatives):
+        return positive, negative
+    ordered, place = negatives.sort()
+    found = torch.searchsorted(ordered, targets).clamp(max=len(negatives) - 1)
+    hit = torch.nonzero(ordered[found] == targets).squeeze(1)
+    return positive, negative.index_put((hit, place[found[hit]]), negative.new_tensor(float("-inf")))
 
 
 def info_nce(
@@ -50,6 +110,20 @@ def info_nce(
     """Weighted sum of `-log softmax` of the positive logit among itself and the negatives (van den Oord 2018)."""
     normaliser = torch.logaddexp(positive, negative.logsumexp(dim=1))
     return ((normaliser - positive) * weight).sum()
+
+
+def binary_cross_entropy(
+    positive: Float[Tensor, " queries"],
+    negative: Float[Tensor, "queries negatives"],
+    weight: Float[Tensor, " queries"],
+) -> Float[Tensor, ""]:
+    """Weighted sum of `-log sigmoid(positive)` and the mean `-log sigmoid(-negative)` (Kang & McAuley 2018, eq. 6).
+
+    A negative at minus infinity (a target drawn as its own negative) counts nothing.
+    """
+    real: Bool[Tensor, "queries negatives"] = torch.isfinite(negative)
+    wrong = F.softplus(negative).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+    return ((F.softplus(-positive) + wrong) * weight).sum()
 
 
 def mean_per_user(sequence: Int[Tensor, " queries"], batch_size: int) -> Float[Tensor, " queries"]:

@@ -1,0 +1,112 @@
+"""SASRec (Kang & McAuley, ICDM 2018, arXiv 1808.09781): the yardstick that every sequential recommender is held to.
+
+Two forms, neither with a place for cross-attention:
+
+    SASRec          single-domain: an encoder a domain that sees the user's items of that domain only
+    MixedSASRec     one encoder over the mixed sequence of both domains
+
+    h_0 = sqrt(d) E[item] + P[position]          dropout; positions count back from the newest event
+    h   = TransformerEncoder(h_0)                causal self-attention and feed-forward, two layers
+    score(item) = h . E[item]
+
+The published loss is binary cross-entropy against one sampled negative; `objective="infonce"` puts ABXI's loss in its
+place, which makes the two comparable. Negatives are shared by a batch in both.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gcalib.config import RunConfig
+from gcalib.data.batches import Batch, Stream
+from gcalib.layers import Dropout, TransformerEncoder
+from gcalib.models.base import Recommender, binary_cross_entropy, info_nce, mean_per_user, shared_logits
+from gcalib.packing import spread_rows, take_rows
+
+LAYERS = 2
+
+
+class _SASRec(Recommender):
+    """What the two forms share: embeddings, scores, losses."""
+
+    def __init__(self, config: RunConfig, num_items: tuple[int, int], encoders: int) -> None:
+        super().__init__()
+        d = config.dim
+        self.num_items = num_items
+        self.window = config.max_length - 3
+        self.num_negatives = config.negatives
+        self.temperature = config.temperature
+        self.objective = config.objective
+        self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
+        self.position = nn.ModuleList(nn.Embedding(1 + self.window, d, padding_idx=0) for _ in range(encoders))
+        self.encoder = nn.ModuleList(
+            TransformerEncoder(d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden)
+            for _ in range(encoders)
+        )
+        self.dropout = Dropout(config.dropout)
+        self.apply(_initialise)
+
+    def encode(self, stream: Stream, number: int) -> Float[Tensor, "rows dim"]:
+        """States of a stream's rows."""
+        h = self.item(stream.items) * self.item.embedding_dim**0.5 + self.position[number](stream.position)
+        encoded: Tensor = self.encoder[number](self.dropout(h), stream.layout)
+        return encoded
+
+    def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
+        nA, nB = self.num_items
+        return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
+
+    def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
+        losses = {}
+        for number, (state, queries) in enumerate(zip(self(batch), batch.queries, strict=True)):
+            mine = negatives[(negatives > self.num_items[0]) == bool(number)]
+            positive, negative = shared_logits(
+                state, queries.targets, self.item(queries.targets), mine, self.item(mine)
+            )
+            weight = mean_per_user(queries.sequence, batch.size)
+            if self.objective == "infonce":
+                loss = info_nce(positive / self.temperature, negative / self.temperature, weight)
+            else:
+                loss = binary_cross_entropy(positive, negative, weight)
+            losses["ab"[number]] = loss
+        return losses
+
+
+class SASRec(_SASRec):
+    """Single-domain SASRec, one for each domain: what is known without the other domain."""
+
+    def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
+        super().__init__(config, num_items, encoders=2)
+
+    def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
+        states = []
+        for number, (stream, queries) in enumerate(zip(batch.own, batch.queries, strict=True)):
+            asked = queries if self.training else queries.newest()
+            has = asked.own_row >= 0
+            rows = take_rows(self.encode(stream, number), asked.own_row[has])
+            # before the user's first item of the domain nothing is known: all items score zero
+            states.append(spread_rows(rows, has.nonzero().squeeze(1), len(has)))
+        return states[0], states[1]
+
+
+class MixedSASRec(_SASRec):
+    """SASRec over the mixed sequence: what a model gains from the other domain without being told of domains."""
+
+    def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
+        super().__init__(config, num_items, encoders=1)
+
+    def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
+        h = self.encode(batch.mixed, 0)
+        asked = [queries if self.training else queries.newest() for queries in batch.queries]
+        return take_rows(h, asked[0].mixed_row), take_rows(h, asked[1].mixed_row)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        # times sqrt(d), an embedding enters with unit length or so
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        module.weight.data[0].zero_()

@@ -1,0 +1,90 @@
+"""SASRec: what each form sees, and that the published encoder is what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gcalib.config import RunConfig
+from gcalib.data.batches import make_batch
+from gcalib.layers import TransformerEncoder
+from gcalib.models import MODELS, Recommender, build_model
+from gcalib.models.base import binary_cross_entropy
+from gcalib.packing import Layout
+
+
+def tiny(model: str, **changes: object) -> Recommender:
+    torch.manual_seed(3)
+    config = RunConfig(pair="tiny", model=model, dim=16, dropout=0.0, max_length=15, **changes)
+    return MODELS[model](config, (20, 30)).double()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["sasrec", "sasrec-mixed"])
+def test_only_the_mixed_form_sees_the_other_domain(name: str) -> None:
+    model = tiny(name).eval()
+    with torch.no_grad():
+        one, two = (model(make_batch([h], 20, window=12, training=False)) for h in ([3, 25, 7], [3, 41, 7]))
+    alike = torch.equal(one[0], two[0])  # the state for A, with another item of B in the history
+    assert alike == (name == "sasrec")
+    assert not torch.equal(one[1], two[1])
+
+
+def test_a_domain_without_history_has_no_opinion() -> None:
+    with torch.no_grad():
+        a, b = tiny("sasrec").eval()(make_batch([[3, 7]], 20, window=12, training=False))
+    assert b.abs().max() == 0 < a.abs().max()
+
+
+@pytest.mark.parametrize("name", ["sasrec", "sasrec-mixed"])
+def test_no_future_and_one_computation(name: str) -> None:
+    model, rng = tiny(name), np.random.default_rng(0)
+    sequence = rng.permutation(np.arange(1, 51))[:13]
+    changed = np.concatenate([sequence[:8], np.setdiff1d(np.arange(1, 51), sequence)[:5]])
+    with torch.no_grad():
+        states = []
+        for items in (sequence, changed):
+            batch = make_batch([items], 20, window=12, training=True)
+            found = model.train()(batch)
+            states.append({(d, int(s)): row for d in (0, 1) for s, row in zip(batch.queries[d].slot, found[d], strict=True)})
+        early = [key for key in states[0] if key[1] < 7]
+        assert len(early) == 7
+        assert all(torch.allclose(states[0][key], states[1][key], rtol=0, atol=1e-12) for key in early)
+        domain = int(sequence[-1] > 20)
+        newest = model.eval()(make_batch([sequence[:-1]], 20, window=12, training=False))[domain][0]
+    assert torch.allclose(states[0][domain, 11], newest, rtol=0, atol=1e-12)
+
+
+def test_a_model_without_insertion_points_says_so() -> None:
+    from gcalib.data.synthetic import synthetic_pair
+
+    pair = synthetic_pair(num_users=20, num_items=(60, 60))
+    with pytest.raises(ValueError, match="sasrec has no insertion point 0: it has none"):
+        build_model(RunConfig(pair="synthetic", model="sasrec", gca=(0,)), pair)
+
+
+def test_the_encoder_is_sasrec_s() -> None:
+    """Against the equations of one layer, written with torch's own attention."""
+    torch.manual_seed(0)
+    encoder = TransformerEncoder(8, layers=1, heads=2, dropout=0.0).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    found = encoder(x, Layout.of(torch.zeros(5, dtype=torch.int64), 1))
+    layer = encoder.layers[0]
+    official = torch.nn.MultiheadAttention(8, 2).double()
+    with torch.no_grad():
+        official.in_proj_weight.copy_(torch.cat([layer["query"].weight, layer["key_value"].weight]))
+        official.in_proj_bias.copy_(torch.cat([layer["query"].bias, layer["key_value"].bias]))
+        official.out_proj.weight.copy_(layer["out"].weight)
+        official.out_proj.bias.copy_(layer["out"].bias)
+    q = layer["query_norm"](x)
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    h = layer["ffn_norm"](q + official(q, x, x, attn_mask=future)[0])
+    wanted = encoder.norm(h + layer["outer"](torch.relu(layer["inner"](h))))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_binary_cross_entropy_by_hand() -> None:
+    positive, negative = torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 1.0], [float("-inf"), 0.5]])
+    wanted = [np.log(2) + (np.log(2) + np.log1p(np.e)) / 2, np.log1p(np.exp(-2)) + np.log1p(np.exp(0.5))]
+    loss = binary_cross_entropy(positive, negative, torch.tensor([0.25, 0.75]))
+    assert loss.item() == pytest.approx(0.25 * wanted[0] + 0.75 * wanted[1], rel=1e-6)
