@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics.pairwise import cosine_similarity
 
 from gcalib import load_pair, yardsticks
 from gcalib.data.pair import Pair
@@ -30,6 +31,18 @@ def test_markov_counts_what_followed_the_last_item():
     # last items 2, 1, 7; training steps 1-2, 2-5, 1-2, 2-6, 2-5, 5-6
     assert yardsticks.markov(TINY, 0)(ALL).tolist() == [[0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]]
     assert yardsticks.markov(TINY, 1)(ALL).tolist() == [[2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("domain", [0, 1])
+def test_item_knn_adds_up_cosines(domain: int) -> None:
+    """Against scikit-learn's cosines of the binary user-item matrix of the training histories."""
+    bought = np.zeros((3, 9))
+    for user, items in enumerate([[1, 2, 5], [1, 2, 6], [2, 5, 6]]):
+        bought[user, items] = 1
+    cosines = cosine_similarity(bought.T)
+    histories = [[1, 2, 5, 2], [1, 2, 6, 1], [2, 5, 6, 7]]  # what precedes the test target, repeats counted again
+    wanted = np.array([cosines[history].sum(axis=0) for history in histories])
+    assert yardsticks.item_knn(TINY, domain)(ALL) == pytest.approx(wanted[:, 1 + 4 * domain : 5 + 4 * domain])
 
 
 def test_nearest_id_looks_to_one_side_and_inside_the_domain():

@@ -68,6 +68,11 @@ class Recommender(nn.Module, ABC):
         """What `loss` gets as negatives: by default `draw_negatives`, item ids shared by the whole batch."""
         return draw_negatives(rng, self.num_items, self.num_negatives)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """What the config's None came to: inner width `hidden`, and `layers` or `adapter` where the model has them."""
+        raise NotImplementedError(f"{type(self).__name__} has no widths to match.")
+
     def facts(self) -> dict[str, Any]:
         """What a record has to say of this model beside its config: columns by name."""
         return {}
