@@ -36,6 +36,7 @@ FLOORS = [
     ["training"],
     ["experiments"],
     ["rendering", "stats", "shelf"],
+    ["diagrams"],
     ["charts"],
     ["__init__"],
     ["__main__"],
