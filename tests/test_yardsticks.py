@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
+import gcalib
 from gcalib import load_pair, yardsticks
+from gcalib.data.batches import make_batch
 from gcalib.data.pair import Pair
 from gcalib.ranking import metrics
 
@@ -85,3 +87,24 @@ def test_a_pair_without_a_clock_is_refused():
     pair = Pair("split", ("a", "b"), np.array([1, 2, 3, 4]), np.full(4, -1), np.array([0, 4]), (2, 2), False, "shuffle")
     with pytest.raises(ValueError, match="split is a per-domain pair"):
         yardsticks.popularity(pair, 0)
+
+
+@pytest.mark.parametrize("name", ["popularity", "markov", "item-knn"])
+def test_a_yardstick_is_a_model_with_a_record(name, tmp_path):
+    """The same ranks through the models' evaluation as by the scorer; nothing is trained."""
+    config = gcalib.RunConfig(pair="synthetic:num_users=300", model=name)
+    pair = load_pair(config.pair)
+    record = gcalib.run(config, tmp_path)
+    for domain, letter in enumerate("ab"):
+        scorer = getattr(yardsticks, name.replace("-", "_"))(pair, domain)
+        found = metrics(*yardsticks.ranks(pair, scorer, domain))
+        for metric in ("ndcg@10", "mrr", "auc"):
+            assert record[f"test.{letter}.full.{metric}"] == pytest.approx(found[metric], rel=1e-6)
+    assert record["params_total"] == record["epochs_trained"] == record["flops_per_step"] == 0
+    model = gcalib.build_model(config, pair)
+    scores = gcalib.score(model, pair, [pair.sequence(3)[:-1]])
+    vectors = [model.item_vectors(domain) for domain in (0, 1)]
+    batch = make_batch([pair.sequence(3)[:-1]], pair.num_items[0], window=model.window, training=False)
+    for domain, state in enumerate(model(batch)):
+        mine = slice(1 + domain * pair.num_items[0], 1 + pair.num_items[0] + domain * pair.num_items[1])
+        assert scores[0, mine] == pytest.approx((state @ vectors[domain].T).numpy()[0], rel=1e-5)

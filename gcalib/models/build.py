@@ -6,12 +6,16 @@ from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
+from gcalib.models.counting import Counting
 from gcalib.models.sasrec import MixedSASRec, SASRec
 
 MODELS: dict[str, type[Recommender]] = {
     "abxi": ABXI,
     "sasrec": SASRec,
     "sasrec-mixed": MixedSASRec,
+    "popularity": Counting,
+    "markov": Counting,
+    "item-knn": Counting,
 }
 
 
