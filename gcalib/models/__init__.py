@@ -6,9 +6,15 @@ from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
+from gcalib.models.llm4cdsr import LLM4CDSR
 from gcalib.models.sasrec import MixedSASRec, SASRec
 
-MODELS: dict[str, type[Recommender]] = {"abxi": ABXI, "sasrec": SASRec, "sasrec-mixed": MixedSASRec}
+MODELS: dict[str, type[Recommender]] = {
+    "abxi": ABXI,
+    "llm4cdsr": LLM4CDSR,
+    "sasrec": SASRec,
+    "sasrec-mixed": MixedSASRec,
+}
 
 
 def build_model(config: RunConfig, pair: Pair) -> Recommender:
