@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def encode(texts: Sequence[str], name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays["rows"])
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise fault(path, None, f"is no readable cache of text vectors ({error}): delete it.") from None
 
 
