@@ -147,7 +147,7 @@ def folder_of(tmp_path: Path) -> Path:
 def test_titles_beside_ones_own_data(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     without = load_pair(folder, ties="published")
-    with pytest.raises(DataError, match="No item of left-right has a text: .* titles.json beside the data"):
+    with pytest.raises(DataError, match="No training event of left-right is of an item with text: .* titles.json beside the data"):
         text_vectors(without, "hashed-words")
     titles = {"p": "Salt &amp;  pepper", "x": ["pots", "pans"], "y": " ", "unknown": "ignored"}
     (folder / "titles.json").write_text(json.dumps(titles))

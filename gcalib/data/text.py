@@ -136,16 +136,15 @@ def text_vectors(pair: Pair, encoder: str) -> TextVectors:
     Raises
     ------
     DataError
-        If no item of the pair has text.
+        If no item of the users' training histories has text.
     """
-    text = item_text(pair)
-    if not text.present.any():
+    text, histories = item_text(pair), _histories(pair)
+    if not (histories @ text.present.astype(np.float32)).any():
         raise DataError(
-            f"No item of {pair.name} has a text: a model of item text needs some, in a file titles.json beside the "
-            'data, {"item": "title", ...}, or a pair that has them, such as food-kitchen.'
+            f"No training event of {pair.name} is of an item with text: a model of item text needs a file titles.json "
+            'beside the data, {"item": "title", ...}, or a pair that has text, such as food-kitchen.'
         )
     known = encode([title for title in text.texts if title is not None], encoder)
-    histories = _histories(pair)
     return TextVectors(
         _by_company(known, text.present, histories, pair.num_items[0]), _profiles(pair, text, encoder), text
     )
