@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 PARAMS = Path("params")
 
 
-ModelName = Literal["abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed"]
+ModelName = Literal["abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed", "popularity", "markov", "item-knn"]
 TRANSFORMERS = ("cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
 
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -152,7 +152,9 @@ class RunConfig(BaseModel):
 
     def canonical(self) -> RunConfig:
         """The same run with fields that have no effect at their defaults: a baseline has no gate, nor heads of one."""
-        idle = ("gate", "heads", "match_axis") if not self.gca else () if self.match else ("match_axis",)
+        idle: tuple[str, ...] = () if self.match else ("match_axis",)
+        if not self.gca or self.match:  # a matched twin has none, and neither field changes the size it is given
+            idle += ("gate", "heads")
         return self.but(**{name: type(self).model_fields[name].default for name in idle})
 
 

@@ -7,6 +7,7 @@ interval is wide, and rightly so; with one seed there is none, and its bounds ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,37 @@ def _check(frame: pd.DataFrame, columns: list[str], value: str, level: float) ->
         raise ValueError(f"{value!r} is missing or not finite in row {row}.")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, such as 0.95.")
+
+
+def published(**where: str) -> pd.DataFrame:
+    """Test figures that others published, to stand beside ours.
+
+    Parameters
+    ----------
+    **where
+        Columns and the value wanted in them, such as `pair="food-kitchen"`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `source`, `model`, `pair`, `candidates`, `domain` (a or b), `metric`, `mean`, `sd` over `runs` seeds.
+
+    Raises
+    ------
+    ValueError
+        If nothing was published there; the message lists what values the column has.
+
+    Examples
+    --------
+    >>> published(pair="food-kitchen", metric="ndcg@10")[["domain", "mean", "sd"]]
+      domain    mean      sd
+    0      a  0.1971  0.0019
+    1      b  0.1427  0.0023
+    """
+    table = pd.read_csv(Path(__file__).with_name("published.csv"))
+    for column, value in where.items():
+        if column not in table or value not in set(table[column]):
+            has = sorted(set(table[column])) if column in table else list(table.columns)
+            raise ValueError(f"No published figures for {column}={value!r}: there are {', '.join(map(str, has))}.")
+        table = table[table[column] == value]
+    return table.reset_index(drop=True)

@@ -18,6 +18,7 @@ from gcalib.data.text import ItemText, TextVectors, text_vectors
 from gcalib.evaluation import evaluate
 from gcalib.models import build_model
 from gcalib.models.base import binary_cross_entropy, info_nce, mean_per_user, soft_contrast
+from gcalib.models.cost import parameter_counts
 from gcalib.models.llm4cdsr import LLM4CDSR
 from gcalib.training import Trainer
 
@@ -347,6 +348,19 @@ def test_local_embeddings_start_at_the_principal_components() -> None:
     assert np.allclose(found @ found.T, centred @ centred.T, atol=1e-4)
     assert (np.diff(found.var(axis=0)) < 0).all()
     assert np.array_equal(weights["text"][:, 10:], weights["random"][:, 10:]) and not weights["text"][0].any()
+
+
+@pytest.mark.parametrize("axis", ["width", "hidden", "adapter"])
+def test_a_plain_twin_can_be_made_as_large(axis: str) -> None:
+    pair = synthetic_pair(num_users=20, num_items=(60, 60))
+    config = RunConfig(
+        pair="synthetic", model="llm4cdsr", text="hashed-words", dim=32, gca=(0,), match="params", match_axis=axis
+    )
+    sizes = [
+        parameter_counts(build_model(c, pair))["params_network"]
+        for c in (config, config.but(match=None, match_axis="width"))
+    ]
+    assert abs(sizes[0] - sizes[1]) <= 0.01 * sizes[1]
 
 
 def test_the_baseline_starts_alike_with_and_without_cross_attention() -> None:

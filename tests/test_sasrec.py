@@ -46,7 +46,8 @@ def test_no_future_and_one_computation(name: str) -> None:
         for items in (sequence, changed):
             batch = make_batch([items], 20, window=12, training=True)
             found = model.train()(batch)
-            states.append({(d, int(s)): row for d in (0, 1) for s, row in zip(batch.queries[d].slot, found[d], strict=True)})
+            slots = [queries.slot.tolist() for queries in batch.queries]
+            states.append({(d, s): row for d in (0, 1) for s, row in zip(slots[d], found[d], strict=True)})
         early = [key for key in states[0] if key[1] < 7]
         assert len(early) == 7
         assert all(torch.allclose(states[0][key], states[1][key], rtol=0, atol=1e-12) for key in early)

@@ -101,3 +101,13 @@ def test_docstring_examples():
     result = doctest.testmod(stats)
     assert result.attempted >= 4
     assert result.failed == 0
+
+
+def test_published_figures_are_found_by_column_and_complete() -> None:
+    table = stats.published(model="abxi")
+    assert set(table["pair"]) == {"food-kitchen", "beauty-electronics"} and len(table) == 2 * 2 * 4
+    assert table["mean"].between(0.1, 0.4).all() and table["sd"].between(0.001, 0.01).all()
+    hits = table.pivot_table(index=["pair", "domain"], columns="metric", values="mean")
+    assert (hits["hr@10"] > hits["hr@5"]).all() and (hits["ndcg@10"] > hits["mrr"]).all()
+    with pytest.raises(ValueError, match="pair='toys': there are beauty-electronics, food-kitchen"):
+        stats.published(pair="toys")

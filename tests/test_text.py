@@ -20,7 +20,7 @@ from gcalib.data.files import read_titles
 from gcalib.data.pair import Pair, Titles
 from gcalib.data.registry import PAIRS, TEXTS
 from gcalib.data.synthetic import generate, synthetic_pair
-from gcalib.data.text import IMAGINED_USERS, item_text, principal_components, text_vectors
+from gcalib.data.text import IMAGINED_USERS, ItemText, TextVectors, item_text, text_vectors
 
 real = pytest.mark.skipif(
     "GCALIB_DATA" not in os.environ, reason="needs the published pairs: set GCALIB_DATA to the folder that holds them"
@@ -147,7 +147,9 @@ def folder_of(tmp_path: Path) -> Path:
 def test_titles_beside_ones_own_data(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     without = load_pair(folder, ties="published")
-    with pytest.raises(DataError, match="No training event of left-right is of an item with text: .* titles.json beside the data"):
+    with pytest.raises(
+        DataError, match="No training event of left-right is of an item with text: .* titles.json beside the data"
+    ):
         text_vectors(without, "hashed-words")
     titles = {"p": "Salt &amp;  pepper", "x": ["pots", "pans"], "y": " ", "unknown": "ignored"}
     (folder / "titles.json").write_text(json.dumps(titles))
@@ -256,9 +258,11 @@ def test_validation_and_test_events_change_nothing() -> None:
 
 def test_principal_components_are_scikit_learn_s() -> None:
     rows = np.random.default_rng(0).standard_normal((200, 12)) @ np.random.default_rng(1).standard_normal((12, 12))
-    found, wanted = principal_components(rows, 5), PCA(5, svd_solver="full").fit_transform(rows)
+    text = ItemText(("some",) * 200, ("titles", "titles"), (1.0, 1.0), (1.0, 1.0))
+    found = TextVectors(rows.astype(np.float32), rows[:3], text).components
+    wanted = PCA(12, svd_solver="full").fit_transform(rows)
     signs = np.sign((found * wanted).sum(axis=0))
-    assert np.allclose(found * signs, wanted, atol=1e-5) and principal_components(rows, 40).shape == (200, 12)
+    assert found.dtype == np.float32 and np.allclose(found * signs, wanted, atol=1e-4)
 
 
 # share of items and of events that have text, in per cent: domain A, domain B

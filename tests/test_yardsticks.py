@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics.pairwise import cosine_similarity
 
+import gcalib
 from gcalib import load_pair, yardsticks
+from gcalib.data.batches import make_batch
 from gcalib.data.pair import Pair
 from gcalib.ranking import metrics
 
@@ -30,6 +33,18 @@ def test_markov_counts_what_followed_the_last_item():
     # last items 2, 1, 7; training steps 1-2, 2-5, 1-2, 2-6, 2-5, 5-6
     assert yardsticks.markov(TINY, 0)(ALL).tolist() == [[0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]]
     assert yardsticks.markov(TINY, 1)(ALL).tolist() == [[2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("domain", [0, 1])
+def test_item_knn_adds_up_cosines(domain: int) -> None:
+    """Against scikit-learn's cosines of the binary user-item matrix of the training histories."""
+    bought = np.zeros((3, 9))
+    for user, items in enumerate([[1, 2, 5], [1, 2, 6], [2, 5, 6]]):
+        bought[user, items] = 1
+    cosines = cosine_similarity(bought.T)
+    histories = [[1, 2, 5, 2], [1, 2, 6, 1], [2, 5, 6, 7]]  # what precedes the test target, repeats counted again
+    wanted = np.array([cosines[history].sum(axis=0) for history in histories])
+    assert yardsticks.item_knn(TINY, domain)(ALL) == pytest.approx(wanted[:, 1 + 4 * domain : 5 + 4 * domain])
 
 
 def test_nearest_id_looks_to_one_side_and_inside_the_domain():
@@ -72,3 +87,24 @@ def test_a_pair_without_a_clock_is_refused():
     pair = Pair("split", ("a", "b"), np.array([1, 2, 3, 4]), np.full(4, -1), np.array([0, 4]), (2, 2), False, "shuffle")
     with pytest.raises(ValueError, match="split is a per-domain pair"):
         yardsticks.popularity(pair, 0)
+
+
+@pytest.mark.parametrize("name", ["popularity", "markov", "item-knn"])
+def test_a_yardstick_is_a_model_with_a_record(name, tmp_path):
+    """The same ranks through the models' evaluation as by the scorer; nothing is trained."""
+    config = gcalib.RunConfig(pair="synthetic:num_users=300", model=name)
+    pair = load_pair(config.pair)
+    record = gcalib.run(config, tmp_path)
+    for domain, letter in enumerate("ab"):
+        scorer = getattr(yardsticks, name.replace("-", "_"))(pair, domain)
+        found = metrics(*yardsticks.ranks(pair, scorer, domain))
+        for metric in ("ndcg@10", "mrr", "auc"):
+            assert record[f"test.{letter}.full.{metric}"] == pytest.approx(found[metric], rel=1e-6)
+    assert record["params_total"] == record["epochs_trained"] == record["flops_per_step"] == 0
+    model = gcalib.build_model(config, pair)
+    scores = gcalib.score(model, pair, [pair.sequence(3)[:-1]])
+    vectors = [model.item_vectors(domain) for domain in (0, 1)]
+    batch = make_batch([pair.sequence(3)[:-1]], pair.num_items[0], window=model.window, training=False)
+    for domain, state in enumerate(model(batch)):
+        mine = slice(1 + domain * pair.num_items[0], 1 + pair.num_items[0] + domain * pair.num_items[1])
+        assert scores[0, mine] == pytest.approx((state @ vectors[domain].T).numpy()[0], rel=1e-5)

@@ -119,6 +119,18 @@ class TextVectors:
         """Hash of both arrays."""
         return hashlib.sha256(self.items.tobytes() + self.users.tobytes()).hexdigest()
 
+    @cached_property
+    def components(self) -> np.ndarray:
+        """float32 (nA + nB, width): the items' coordinates along the principal axes of their vectors, largest first."""
+        rows = self.items.astype(np.float64)
+        rows -= rows.mean(axis=0)
+        # the axes are the eigenvectors of a matrix no larger than the rows are wide
+        _, _, axes = np.linalg.svd(rows.T @ rows)
+        # an axis may point either way: let its largest entry be positive, on every machine
+        axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))
+        found: np.ndarray = (rows @ axes.T).astype(np.float32)
+        return found
+
     def facts(self) -> dict[str, Any]:
         """What a record says of the text: `text_source`, `text_items` and `text_events` of each domain, width, hash."""
         columns: dict[str, Any] = {}
@@ -193,18 +205,3 @@ def _profiles(pair: Pair, text: ItemText, encoder: str) -> np.ndarray:
     rows = np.tile(known.mean(axis=0), (len(has), 1))
     rows[has] = known
     return rows
-
-
-def principal_components(rows: np.ndarray, width: int) -> np.ndarray:
-    """The rows' coordinates along their first `width` principal axes (there are no more than the rows are wide).
-
-    >>> principal_components(np.array([[3.0, 1.0], [1.0, 1.0], [2.0, 1.0]]), 1).round(6).ravel().tolist()
-    [1.0, -1.0, 0.0]
-    """
-    centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
-    # the axes are the eigenvectors of a matrix no larger than the rows are wide
-    _, _, axes = np.linalg.svd(centred.T @ centred)
-    # an axis may point either way: let its largest entry be positive, on every machine
-    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))
-    found: np.ndarray = (centred @ axes[:width].T).astype(np.float32)
-    return found

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
-from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
-from gcalib.models.llm4cdsr import LLM4CDSR
-from gcalib.models.sasrec import MixedSASRec, SASRec
-
-MODELS: dict[str, type[Recommender]] = {
-    "abxi": ABXI,
-    "llm4cdsr": LLM4CDSR,
-    "sasrec": SASRec,
-    "sasrec-mixed": MixedSASRec,
-}
+from gcalib.models.build import MODELS, build_plain
+from gcalib.models.matching import matched
 
 
 def build_model(config: RunConfig, pair: Pair) -> Recommender:
     """The model of `config` for `pair`, freshly initialised from torch's global random generator.
 
+    With `config.match`, the plain model that is as large as the one with cross-attention.
+
     Raises
     ------
     ValueError
-        If the model has no such insertion point, or needs one clock over both domains and the pair has none.
+        If the model has no such insertion point, needs one clock over both domains and the pair has none, or cannot
+        be matched.
     """
-    kind = MODELS[config.model]
-    if missing := [point for point in config.gca if point not in kind.points]:
-        has = "; ".join(f"{point} ({where})" for point, where in kind.points.items()) or "none"
-        raise ValueError(f"{config.model} has no insertion point {missing[0]}: it has {has}.")
-    if kind.needs_clock:
-        pair.require_clock(config.model)
-    return kind.build(config, pair)
+    return build_plain(matched(config, pair).config if config.match else config, pair)
 
 
-__all__ = ["MODELS", "Recommender", "build_model"]
+__all__ = ["MODELS", "Recommender", "build_model", "matched"]

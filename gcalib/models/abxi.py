@@ -129,6 +129,10 @@ class ABXI(Recommender):
         nA, nB = self.num_items
         return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
 
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"hidden": self.ffn.inner.out_features}
+
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users."""
         vectors = self.item(negatives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -27,6 +28,8 @@ class Recommender(nn.Module, ABC):
         The insertion points of gated cross-attention that the model has, and where they are.
     needs_clock
         Whether it needs the order of events across the two domains.
+    trained
+        False for a yardstick without parameters: `fit` only evaluates it.
     num_items
         Items of A and of B; ids 1..nA are A's, nA+1..nA+nB are B's, 0 is padding.
     window
@@ -39,6 +42,7 @@ class Recommender(nn.Module, ABC):
 
     points: ClassVar[dict[int, str]] = {}
     needs_clock: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
 
     num_items: tuple[int, int]
     window: int
@@ -62,6 +66,14 @@ class Recommender(nn.Module, ABC):
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
         """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state."""
 
+    def scorer(self, domain: int) -> Callable[[Tensor], Tensor]:
+        """A function from states of a domain (users, dim) to the scores of its items (users, items).
+
+        Made once for many batches, since the items' vectors may take some computing.
+        """
+        vectors = self.item_vectors(domain)
+        return lambda states: states @ vectors.T
+
     @abstractmethod
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """Training losses by name, to be added up: `"a"` and `"b"` of the two domains, and what else a model has."""
@@ -69,6 +81,11 @@ class Recommender(nn.Module, ABC):
     def negatives(self, batch: Batch, rng: np.random.Generator) -> Tensor:
         """What `loss` gets as negatives: by default `draw_negatives`, item ids shared by the whole batch."""
         return draw_negatives(rng, self.num_items, self.num_negatives)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What the config's None came to: inner width `hidden`, and `layers` or `adapter` where the model has them."""
+        raise NotImplementedError(f"{type(self).__name__} has no widths to match.")
 
     def facts(self) -> dict[str, Any]:
         """What a record has to say of this model beside its config: columns by name."""

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Queries, Stream
 from gcalib.data.pair import Pair
-from gcalib.data.text import TextVectors, principal_components, text_vectors
+from gcalib.data.text import TextVectors, text_vectors
 from gcalib.layers import Dropout, TransformerEncoder
 from gcalib.models.base import (
     Recommender,
@@ -98,6 +98,7 @@ class LLM4CDSR(Recommender):
         self.register_buffer("text_items", torch.from_numpy(np.concatenate([padding, vectors.items])), persistent=False)
         self.register_buffer("text_users", torch.from_numpy(vectors.users), persistent=False)
         inner = config.adapter or max(1, w // 2)
+        self._widths = {"hidden": config.hidden or d, "layers": config.layers or LAYERS, "adapter": inner}
         self.adapter = nn.Sequential(nn.Linear(w, inner), nn.Linear(inner, d))
         self.user_adapter = nn.Sequential(nn.Linear(w, inner), nn.Linear(inner, d))
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
@@ -111,7 +112,7 @@ class LLM4CDSR(Recommender):
         self.dropout = Dropout(config.dropout)
         self.apply(_initialise)
         if config.local_init == "text":
-            components = principal_components(vectors.items, d)
+            components = vectors.components[:, :d]
             self.item.weight.data[1:, : components.shape[1]] = torch.from_numpy(components)
         self.item.weight.requires_grad_(not config.local_frozen)
 
@@ -240,6 +241,10 @@ class LLM4CDSR(Recommender):
             losses["profile"] = self.beta * soft_contrast(profile, take_rows(mixed, newest))
         return losses
 
+    @property
+    def widths(self) -> dict[str, int]:
+        return self._widths
+
     def facts(self) -> dict[str, Any]:
         """Where the text came from in each domain, how much of the domain it covers, and a hash of its vectors."""
         return self.text_facts
@@ -256,6 +261,5 @@ def _initialise(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        # times sqrt(d), an embedding enters with unit length or so
-        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        nn.init.normal_(module.weight, std=0.02)  # positions; items, too, unless they start at their text
         module.weight.data[0].zero_()

@@ -1,0 +1,73 @@
+"""Parameter matching: sizes within a percent, along the axis that was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gcalib.config import RunConfig
+from gcalib.data.pair import Pair
+from gcalib.data.synthetic import synthetic_pair
+from gcalib.models import build_model, matched
+from gcalib.models.cost import flops_per_step, parameter_counts
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return synthetic_pair(num_users=40, num_items=(60, 70), seed=1)
+
+
+def config(**changes: object) -> RunConfig:
+    return RunConfig(**{"pair": "synthetic", "dim": 32, "gca": (0,), "match": "params", **changes})
+
+
+@pytest.mark.parametrize("gca", [(0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("axis", ["width", "hidden", "rank"])
+def test_the_twin_is_as_large_and_differs_along_its_axis_only(pair: Pair, axis: str, gca: tuple[int, ...]) -> None:
+    asked = config(gca=gca, match_axis=axis)
+    match = matched(asked, pair)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    real = parameter_counts(build_model(asked.but(match=None), pair))["params_network"]
+    twin = parameter_counts(build_model(asked, pair))["params_network"]
+    assert match.target == real and match.size == twin and abs(twin - real) <= 0.01 * real
+    torch.set_rng_state(state)
+    matched(asked, pair)
+    assert torch.equal(torch.get_rng_state(), state)  # the search draws nothing
+    differing = {name for name, value in match.config if value != getattr(asked, name)} - {"gca", "match", "match_axis"}
+    allowed = {"width": {"dim", "hidden"}, "hidden": {"hidden"}, "rank": {"domain_rank", "invariant_rank"}}[axis]
+    assert differing and differing <= allowed and (axis != "width" or "dim" in differing)
+    assert not any("gca" in name for name, _ in build_model(asked, pair).named_parameters())
+
+
+def test_the_twin_by_flops(pair: Pair) -> None:
+    asked = config(match="flops", batch_size=16)
+    match = matched(asked, pair)
+    real = flops_per_step(build_model(asked.but(match=None), pair), pair, 16)
+    assert match.target == real
+    assert flops_per_step(build_model(asked, pair), pair, 16) == pytest.approx(real, rel=0.01)
+
+
+def test_counting_by_hand(pair: Pair) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(7, 3), nn.Linear(3, 2)
+            self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
+
+    assert parameter_counts(Two()) == {
+        "params_total": 21 + 8 + 5, "params_trainable": 29, "params_embedding": 21, "params_network": 8,
+    }  # fmt: skip
+
+
+def test_what_cannot_be_matched_is_refused(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="abxi cannot be matched along layers; its axes are width, hidden, rank"):
+        matched(config(match_axis="layers"), pair)
+
+
+def test_flops_are_those_of_the_products(pair: Pair) -> None:
+    """Twice the feed-forward's inner width adds its products, three times for forward and backward, no more."""
+    small, large = (flops_per_step(build_model(config(gca=(), match=None, hidden=h), pair), pair, 16) for h in (32, 64))
+    larger = flops_per_step(build_model(config(gca=(), match=None, hidden=96), pair), pair, 16)
+    assert larger - large == large - small > 0
