@@ -16,6 +16,8 @@ from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
 from gcalib.data.pair import Pair
 
+REDRAWS = 20  # of a negative that the user has; not for ever, since a user may have the whole domain
+
 
 class Recommender(nn.Module, ABC):
     """A model of users' next items in two domains, A (0) and B (1).
@@ -97,6 +99,27 @@ def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: 
     return torch.from_numpy(np.concatenate([1 + drawn[0], 1 + nA + drawn[1]]))
 
 
+def draw_new_to_users(
+    rng: np.random.Generator, num_items: tuple[int, int], batch: Batch
+) -> tuple[Int[Tensor, " queries_a"], Int[Tensor, " queries_b"]]:
+    """One item id for each query of a training batch, of the query's domain, that is none of its user's items."""
+    nA, nB = num_items
+    key = 1 + nA + nB  # of a user and an item; a user's items are those of the mixed stream and the targets
+    held = [(batch.mixed.sequence, batch.mixed.items), *((query.sequence, query.targets) for query in batch.queries)]
+    bought = np.concatenate([(sequence * key + items).cpu().numpy() for sequence, items in held])
+    drawn = []
+    for first, size, query in zip((1, 1 + nA), num_items, batch.queries, strict=True):
+        who = query.sequence.cpu().numpy()
+        sampled = rng.integers(first, first + size, len(who))
+        for _ in range(REDRAWS):
+            again = np.flatnonzero(np.isin(who * key + sampled, bought))
+            if len(again) == 0:
+                break
+            sampled[again] = rng.integers(first, first + size, len(again))
+        drawn.append(torch.from_numpy(sampled))
+    return drawn[0], drawn[1]
+
+
 def shared_logits(
     states: Float[Tensor, "queries dim"],
     targets: Int[Tensor, " queries"],
@@ -141,6 +164,29 @@ def binary_cross_entropy(
     real: Bool[Tensor, "queries negatives"] = torch.isfinite(negative)
     wrong = F.softplus(negative).sum(dim=1) / real.sum(dim=1).clamp(min=1)
     return ((F.softplus(-positive) + wrong) * weight).sum()
+
+
+def soft_contrast(x: Float[Tensor, "users dim"], y: Float[Tensor, "users dim"]) -> Float[Tensor, ""]:
+    """Contrast of two views of the same users with soft targets, at temperature 1 (LLM4CDSR, arXiv 2504.18383).
+
+        S = X Y^T,  T = softmax((X X^T + Y Y^T) / 2)
+        mean over rows of  (T . -log softmax(S) + T^T . -log softmax(S^T)) / 2
+
+    What is alike within the views may stay alike across them. Zero for no users.
+
+    >>> soft_contrast(torch.zeros(4, 2), torch.ones(4, 2)).item() == torch.tensor(4.0).log().item()
+    True
+    """
+    if len(x) == 0:
+        return x.sum()
+    if x.dtype == torch.bfloat16 or y.dtype == torch.bfloat16:
+        x, y = x.float(), y.float()
+    with torch.autocast(x.device.type, enabled=False):
+        logits = x @ y.T
+        alike = ((x @ x.T + y @ y.T) / 2).softmax(dim=1)
+    of_x = -(alike * logits.log_softmax(dim=1)).sum(dim=1)
+    of_y = -(alike.T * logits.T.log_softmax(dim=1)).sum(dim=1)
+    return (of_x + of_y).mean() / 2
 
 
 def mean_per_user(sequence: Int[Tensor, " queries"], batch_size: int) -> Float[Tensor, " queries"]:
