@@ -295,6 +295,7 @@ def _compute(
         "code_version": _code_version(),
         "results_version": RESULTS_VERSION,
         "data_sha256": pair.sha256,
+        "clock": pair.has_clock,
         "device": device.type,
         "threads": torch.get_num_threads(),
         **model.facts(),

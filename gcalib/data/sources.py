@@ -183,7 +183,8 @@ def statistics(pair: Pair) -> dict[str, Any]:
         users; items, events and mean events a user for each domain (`_a`, `_b`); `tie_share`, the share of
         neighbouring events of a user (without a clock: and domain) with known times that fall on the same time;
         `last_tied_share`, the share of users whose last event is tied with the one before (NaN without a clock);
-        `unseen_share`, the share of users whose test target occurs in no training history (NaN without a clock);
+        `unseen_share`, the share of test targets that occur in no training history; `users_in_both`, those active in
+        both domains;
         `items_once`, items that occur once; `clock`.
     """
     owner = np.repeat(np.arange(pair.num_users), pair.lengths)
@@ -201,7 +202,8 @@ def statistics(pair: Pair) -> dict[str, Any]:
         "mean_b": pair.num_interactions[1] / pair.num_users,
         "tie_share": float(tied.sum() / neighbours.sum()) if neighbours.any() else float("nan"),
         "last_tied_share": float(last.mean()) if pair.has_clock else float("nan"),
-        "unseen_share": float(pair.unseen_targets("test").mean()) if pair.has_clock else float("nan"),
+        "unseen_share": float(pair.unseen_targets("test").mean()),
+        "users_in_both": int(pair.in_both.sum()),
         "items_once": int(np.count_nonzero(np.bincount(pair.items) == 1)),
         "clock": pair.has_clock,
     }

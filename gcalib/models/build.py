@@ -6,10 +6,12 @@ from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
+from gcalib.models.cdsrnp import CDSRNP
 from gcalib.models.sasrec import MixedSASRec, SASRec
 
 MODELS: dict[str, type[Recommender]] = {
     "abxi": ABXI,
+    "cdsrnp": CDSRNP,
     "sasrec": SASRec,
     "sasrec-mixed": MixedSASRec,
 }

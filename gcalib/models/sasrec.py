@@ -15,6 +15,8 @@ place, which makes the two comparable. Negatives are shared by a batch in both.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -75,6 +77,8 @@ class _SASRec(Recommender):
 
 class SASRec(_SASRec):
     """Single-domain SASRec, one for each domain: what is known without the other domain."""
+
+    needs_clock: ClassVar = False
 
     def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
         super().__init__(config, num_items, encoders=2)
