@@ -31,8 +31,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Rank every target and measure every cross-attention, in one pass over the users.
 
-    A user has one target, or without a common clock one in each domain (`gcalib.data.split`). The sampled protocols are read out of the full ranking's scores. A protocol for which a domain has too few items
-    is left out.
+    A user has one target, or without a common clock one in each domain (`gcalib.data.split`). The sampled
+    protocols are read out of the full ranking's scores. A protocol for which a domain has too few items is left out.
 
     Returns
     -------

@@ -46,9 +46,7 @@ def make_clockless_batch(
     parts = [_domain(sequences, num_items_a, domain, window, training) for domain in (0, 1)]
     numbers = None if users is None else torch.from_numpy(np.asarray(users, dtype=np.int64))
     none = np.zeros(0, dtype=np.int64)
-    return Batch(
-        size, _stream(none, none, none, size), (parts[0][0], parts[1][0]), (parts[0][1], parts[1][1]), numbers
-    )
+    return Batch(size, _stream(none, none, none, size), (parts[0][0], parts[1][0]), (parts[0][1], parts[1][1]), numbers)
 
 
 def _domain(

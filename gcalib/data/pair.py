@@ -95,9 +95,9 @@ class Pair:
     @cached_property
     def in_both(self) -> np.ndarray:
         """Bool (users,), True for users with events in both domains."""
-        of_domain = np.bincount(streams(self.items, self.offsets, self.num_items[0], False), minlength=2 * self.num_users)
-        active: np.ndarray = (of_domain.reshape(-1, 2) > 0).all(axis=1)
-        return active
+        stream = streams(self.items, self.offsets, self.num_items[0], has_clock=False)
+        active = np.bincount(stream, minlength=2 * self.num_users) > 0
+        return active[::2] & active[1::2]
 
     @cached_property
     def num_interactions(self) -> tuple[int, int]:

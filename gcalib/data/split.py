@@ -88,9 +88,7 @@ def to_end(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.cumsum(size)[stream] - np.arange(len(stream)), size[stream]
 
 
-def leave_one_out(
-    name: SplitName, items: np.ndarray, offsets: np.ndarray, num_items_a: int, has_clock: bool
-) -> Split:
+def leave_one_out(name: SplitName, items: np.ndarray, offsets: np.ndarray, num_items_a: int, has_clock: bool) -> Split:
     """The split of a pair's arrays; see the module's docstring."""
     if has_clock:
         stops = offsets[1:] - TARGET[name]

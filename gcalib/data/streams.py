@@ -16,7 +16,8 @@ from gcalib.packing import Layout
 class Stream:
     """Packed rows of one stream of a batch, user after user, oldest first.
 
-    `position` counts back from the newest slot (1), without a clock from the newest row of the stream; `pads` is how many pads official ABXI lets the row attend to.
+    `position` counts back from the newest slot (1), without a clock from the newest row of the stream; `pads` is how
+    many pads official ABXI lets the row attend to.
     """
 
     items: Int[Tensor, " rows"]

@@ -14,7 +14,10 @@ No official code was found; this is built from the paper's description, and what
   can be query users (all users of a batch are), never support. A training step encodes a random `STEP_SUPPORT` of them,
   evaluation all: the mean of a part is an unbiased guess of the mean of all, at a fraction of the cost.
 - **Triples.** The representations are a user's newest rows in A and B (zero in a domain without any) after the
-  sequence encoder, the target is the event that follows. One z serves all query users of a batch.
+  sequence encoder, the target is the event that follows. One z serves all query users of a batch. Gradients end at
+  the triples: embeddings and sequence encoders learn from what they predict, the latent from what they hold. Let
+  through, the KL's gradient shrinks the representations first (Food-Kitchen, d = 64, after 6 epochs: validation MRR
+  of both domains .004, against .009 without it).
 - **Decoder.** z changes what the last state looks for in the user's own sequence of the domain, not each candidate,
   so the score stays `state . item vector` and ranking all items one matrix product. Before a domain's first item the
   state is the norm's bias, which learns what is popular. The other domain of a user thus reaches a state through
@@ -34,7 +37,7 @@ posterior is a posterior; on a per-domain pair, where no event is the last, it i
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -44,43 +47,16 @@ from gcalib.attention import untapped
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Stream, make_batch
 from gcalib.data.pair import Pair
-from gcalib.layers import Dropout, TransformerEncoder, attend, merge_heads, split_heads
-from gcalib.models.base import Recommender, binary_cross_entropy, info_nce, mean_per_user, shared_logits
+from gcalib.layers import Dropout, TransformerEncoder
+from gcalib.models.base import Recommender, next_item_losses
 from gcalib.models.crossing import Crossings, touched, untouched
-from gcalib.models.neural_process import Gaussian, LatentEncoder, Support
-from gcalib.packing import Layout, spread_rows, take_rows
+from gcalib.models.neural_process import Gaussian, InterestDecoder, LatentEncoder, Support
+from gcalib.packing import spread_rows, take_rows
 
 LAYERS = 2
 STEP_SUPPORT = 32  # support users that a training step encodes
 
 Rows = tuple[Float[Tensor, "rows_a dim"], Float[Tensor, "rows_b dim"]]
-
-
-class InterestDecoder(nn.Module):
-    """`LayerNorm(h + CA(film(h), h_1 .. h))`: each row attends to itself and the rows before it, as z directs."""
-
-    def __init__(self, dim: int, heads: int, latent: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.film = nn.Linear(latent, 2 * dim) if latent else None
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.dropout = Dropout(dropout)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(
-        self, h: Float[Tensor, "rows dim"], layout: Layout, z: Float[Tensor, " latent"] | None
-    ) -> Float[Tensor, "rows dim"]:
-        asked = h
-        if self.film is not None:
-            gamma, beta = self.film(z).chunk(2)
-            asked = h * (1 + gamma) + beta
-        q = split_heads(layout.pad(self.query(asked)), self.heads)
-        k, v = (split_heads(t, self.heads) for t in layout.pad(self.key_value(h)).chunk(2, dim=-1))
-        interest = self.out(layout.unpad(merge_heads(attend(q, k, v, causal=True))))
-        state: Tensor = self.norm(h + self.dropout(interest))
-        return state
 
 
 class CDSRNP(Recommender):
@@ -114,7 +90,8 @@ class CDSRNP(Recommender):
                 "that one cross-attention has touched hold the future of the other domain, which the next would read "
                 "back; give a single insertion point."
             )
-        return cls(config, pair.num_items, None if config.latent == 0 else Support.draw(pair, config.support, config.seed))
+        support = None if config.latent == 0 else Support.draw(pair, config.support, config.seed)
+        return cls(config, pair.num_items, support)
 
     def __init__(self, config: RunConfig, num_items: tuple[int, int], support: Support | None = None) -> None:
         super().__init__()
@@ -142,6 +119,9 @@ class CDSRNP(Recommender):
         self.decoder = nn.ModuleList(InterestDecoder(d, config.self_heads, latent, config.dropout) for _ in "ab")
         self.latent = LatentEncoder(d, latent) if latent else None
         self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, InterestDecoder) and module.film is not None:
+                nn.init.zeros_(module.film.weight)  # z says nothing at first, when it is mostly noise
         # made last, so that a seed gives the baseline the same start with and without them
         self.gca = Crossings(config, d)
 
@@ -195,7 +175,7 @@ class CDSRNP(Recommender):
         for h, decoder, queries in zip(states, self.decoder, batch.queries, strict=True):
             asked = queries if self.training else queries.newest()
             has = asked.own_row >= 0
-            missing = torch.where(has.unsqueeze(1), 0.0, decoder.norm.bias)
+            missing = torch.where(has.unsqueeze(1), 0.0, cast(InterestDecoder, decoder).norm.bias)
             answers.append(spread_rows(take_rows(h, asked.own_row[has]), has.nonzero().squeeze(1), len(has)) + missing)
         return answers[0], answers[1]
 
@@ -206,19 +186,10 @@ class CDSRNP(Recommender):
         if self.latent is not None:
             prior, posterior = self.distributions(batch, rows)
             z, losses["kl"] = posterior.sample(), self.kl_weight * posterior.kl(prior)
-        states = self.answer(batch, self.decode(batch, rows, z))
-        for number, (state, queries) in enumerate(zip(states, batch.queries, strict=True)):
-            mine = negatives[(negatives > self.num_items[0]) == bool(number)]
-            positive, negative = shared_logits(
-                state, queries.targets, self.item(queries.targets), mine, self.item(mine)
-            )
-            weight = mean_per_user(queries.sequence, batch.size)
-            if self.objective == "infonce":
-                loss = info_nce(positive / self.temperature, negative / self.temperature, weight)
-            else:
-                loss = binary_cross_entropy(positive, negative, weight)
-            losses["ab"[number]] = loss
-        return losses
+        return losses | next_item_losses(
+            self.answer(batch, self.decode(batch, rows, z)), batch, negatives, self.item,
+            num_items_a=self.num_items[0], objective=self.objective, temperature=self.temperature,
+        )  # fmt: skip
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
         nA, nB = self.num_items
@@ -234,6 +205,7 @@ class CDSRNP(Recommender):
         clocks = untouched if point == min(self.gca_points) else touched
         return self.gca.cross(point, a, b, *(clocks(s) for s in batch.own))
 
+    @torch.no_grad()
     def _support_triples(self, places: list[int]) -> Float[Tensor, "triples three_dim"]:
         assert self.support is not None
         batch = make_batch(
@@ -243,6 +215,7 @@ class CDSRNP(Recommender):
         with untapped(self):
             return self._triples(batch, self.encode(batch))
 
+    @torch.no_grad()
     def _triples(self, batch: Batch, rows: Rows) -> Float[Tensor, "triples three_dim"]:
         """`[A representation ; B representation ; E[target]]` behind each newest target of a training batch."""
         a, b = (_newest(h, stream, batch.size) for h, stream in zip(rows, batch.own, strict=True))

@@ -1,4 +1,4 @@
-"""What makes CDSRNP a neural process: the support set, and the Gaussian that is made of users' triples.
+"""What makes CDSRNP a neural process: the support set, the Gaussian made of users' triples, and the decoder given z.
 
 A neural process (Garnelo et al. 2018, arXiv 1807.01622) turns a set of observations into a distribution of a latent z,
 by a mean that does not depend on their order, and trains it by holding the distribution given a part of them (the
@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gcalib.data.pair import Pair
+from gcalib.layers import Dropout, attend, merge_heads, split_heads
+from gcalib.packing import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,3 +95,30 @@ class LatentEncoder(nn.Module):
         with torch.autocast(embedded.device.type, enabled=False):  # a KL of nearly equal means needs more than bf16
             r = embedded.to(self.mean.weight.dtype).mean(dim=0)
             return Gaussian(self.mean(r), self.log_variance(r))
+
+
+class InterestDecoder(nn.Module):
+    """`LayerNorm(h + CA(film(h), h_1 .. h))`: each row attends to itself and the rows before it, as z directs."""
+
+    def __init__(self, dim: int, heads: int, latent: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.film = nn.Linear(latent, 2 * dim) if latent else None
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.dropout = Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, h: Float[Tensor, "rows dim"], layout: Layout, z: Float[Tensor, " latent"] | None
+    ) -> Float[Tensor, "rows dim"]:
+        asked = h
+        if self.film is not None:
+            gamma, beta = self.film(z).chunk(2)
+            asked = h * (1 + gamma) + beta
+        q = split_heads(layout.pad(self.query(asked)), self.heads)
+        k, v = (split_heads(t, self.heads) for t in layout.pad(self.key_value(h)).chunk(2, dim=-1))
+        interest = self.out(layout.unpad(merge_heads(attend(q, k, v, causal=True))))
+        state: Tensor = self.norm(h + self.dropout(interest))
+        return state
