@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 PARAMS = Path("params")
 
 
-ModelName = Literal["abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed"]
+ModelName = Literal["abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed", "popularity", "markov", "item-knn"]
 TRANSFORMERS = ("cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
 
 READ_BY: dict[str, tuple[str, ...]] = {

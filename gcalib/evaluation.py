@@ -41,7 +41,7 @@ def evaluate(
         `full_seen`: the same over targets that occur in training; and, if some users are active in one domain only,
         `full_both` and `full_single`: over the targets of users active in both domains and in one.
     """
-    device = device or next(model.parameters()).device
+    device = device or _device(model)
     parts = pair.split(split)
     fitting = [name for name in protocols if name in SAMPLED and _fits(pair, name)]
     sampled = {name: pair.candidates(split, SAMPLED[name]) for name in fitting}
@@ -50,7 +50,7 @@ def evaluate(
     example[parts.users, owner] = np.arange(len(parts))
     ranks = {name: np.zeros(len(parts)) for name in ("full", *sampled)}
     meters: dict[str, AlignmentMeter] = {}
-    vectors = [model.item_vectors(domain) for domain in (0, 1)]
+    scorers = [model.scorer(domain) for domain in (0, 1)]
     was_training = model.training
     model.eval()
     with tapping(model) as taps:
@@ -64,7 +64,7 @@ def evaluate(
                     continue
                 first = 1 + domain * pair.num_items[0]
                 rows = torch.from_numpy(places).to(device)
-                scores = states[domain][rows] @ vectors[domain].T
+                scores = scorers[domain](states[domain][rows])
                 target = torch.from_numpy(parts.targets[asked] - first).to(device)
                 row, column = (t.to(device) for t in _interacted(pair, parts.users[asked], domain))
                 ranks["full"][asked] = rank_of_target(scores, target, (row, column)).cpu().numpy()
@@ -98,6 +98,11 @@ def evaluate(
     for name, meter in meters.items():
         _put(result, name, meter.result())
     return result
+
+
+def _device(model: Recommender) -> torch.device:
+    """Where a model is; one without parameters computes on the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _put(result: dict[str, float], prefix: str, values: dict[str, float]) -> None:
@@ -167,12 +172,13 @@ def score(model: Recommender, pair: Pair, histories: Sequence[Sequence[int] | np
         if history.min() < 1 or history.max() > total:
             raise ValueError(f"History {number} holds an item id outside 1..{total}, the items of {pair.name}.")
     result = np.full((len(arrays), 1 + total), -np.inf, dtype=np.float32)
-    device = next(model.parameters()).device
+    device = _device(model)
     was_training = model.training
     model.eval()
+    scorers = [model.scorer(domain) for domain in (0, 1)]
     for users in length_batches(np.array([len(a) for a in arrays], dtype=np.int64), EVAL_USERS, None):
         states = model(_evaluation_batch(model, [arrays[user] for user in users], pair.has_clock).to(device))
-        both = [state @ model.item_vectors(domain).T for domain, state in enumerate(states)]
+        both = [scorer(state) for scorer, state in zip(scorers, states, strict=True)]
         result[users, 1:] = torch.cat(both, dim=1).float().cpu().numpy()
     model.train(was_training)
     return result

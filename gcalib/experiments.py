@@ -41,7 +41,7 @@ from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import load_pair
 from gcalib.evaluation import evaluate
-from gcalib.models import Recommender, build_model
+from gcalib.models import MODELS, Recommender, build_model
 from gcalib.training import Trainer, fit, pick_device
 
 log = logging.getLogger("gcalib")
@@ -262,7 +262,7 @@ def _compute(
     config: RunConfig, pair: Pair, name: str, checkpoint: Path, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     _reset_peak_memory(device)
-    flops = flops_per_step(config, pair)
+    flops = flops_per_step(config, pair) if MODELS[config.model].trained else 0
     done = fit(config, pair, device=device, checkpoint=checkpoint)
     model = done.model
     figures: dict[str, float] = {}

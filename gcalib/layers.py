@@ -200,15 +200,39 @@ class TransformerEncoder(nn.Module):
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-8)
 
-    def forward(self, x: Float[Tensor, "rows dim"], layout: Layout) -> Float[Tensor, "rows dim"]:
-        """Encode one stream, each row from itself and the rows before it."""
+    def forward(
+        self, x: Float[Tensor, "rows dim"], layout: Layout, *, published_length: int | None = None
+    ) -> Float[Tensor, "rows dim"]:
+        """Encode one stream, each row from itself and the rows before it.
+
+        Parameters
+        ----------
+        published_length
+            Not so, but as the official LLM4CDSR does it: each row from all rows of its sequence, those after it
+            among them, and from the pads that fill the sequence up to this length.
+        """
+        shown = None if published_length is None else _pads_and_rows(layout, published_length, x.dtype)
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)
             query = layer["query_norm"](x)
             k, v = (split_heads(t, self.heads) for t in layout.pad(layer["key_value"](x)).chunk(2, dim=-1))
             q = split_heads(layout.pad(layer["query"](query)), self.heads)
-            attended = layout.unpad(merge_heads(attend(q, k, v, causal=True)))
+            if shown is not None:
+                # a pad is a row of zeros, so that its key and value are the projections' biases
+                bias: Tensor = layer["key_value"].get_parameter("bias")
+                pad = bias.to(k.dtype).expand(layout.batch, 1, -1).chunk(2, dim=-1)
+                k, v = (torch.cat([split_heads(p, self.heads), t], dim=2) for p, t in zip(pad, (k, v), strict=True))
+            heads = attend(q, k, v, shown, causal=shown is None)
+            attended = layout.unpad(merge_heads(heads))
             x = layer["ffn_norm"](query + layer["out"](attended))
             x = x + self.dropout(layer["outer"](self.dropout(F.relu(layer["inner"](x)))))
         normed: Tensor = self.norm(x)
         return normed
+
+
+def _pads_and_rows(layout: Layout, length: int, dtype: torch.dtype) -> Float[Tensor, "batch 1 1 keys"]:
+    """What is added to the logits of one pad and of all rows: n equal pads weigh as one whose logit has log n more."""
+    real = layout.real()
+    of_rows = torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill_(~real, float("-inf"))
+    of_pad = (length - real.sum(dim=1, keepdim=True)).to(dtype).log()
+    return torch.cat([of_pad, of_rows], dim=1)[:, None, None]

@@ -23,7 +23,7 @@ from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, length_batches, make_batch
 from gcalib.data.pair import Pair
 from gcalib.evaluation import evaluate
-from gcalib.models import Recommender, build_model
+from gcalib.models import MODELS, Recommender, build_model
 
 log = logging.getLogger("gcalib")
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
@@ -185,6 +185,8 @@ def _fit(
     config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path | None, on_epoch: Callable[[int], None] | None
 ) -> Fit:
     torch.manual_seed(config.seed)
+    if not MODELS[config.model].trained:
+        return _counted(config, pair)
     trainer = Trainer(config, pair, device)
     state, best_model = _State(), copy.deepcopy(trainer.model.state_dict())
     if checkpoint is not None and checkpoint.exists():
@@ -236,6 +238,13 @@ def _fit(
         trainer.model, state.curves, state.best_epoch, state.waited >= config.stop_patience,
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _counted(config: RunConfig, pair: Pair) -> Fit:
+    """A yardstick without parameters: evaluated, not trained."""
+    started, model = time.perf_counter(), build_model(config, pair)
+    found = {f"val.{name}": value for name, value in evaluate(model, pair, "val").items()}
+    return Fit(model, [{"epoch": 0, **found}], 0, True, time.perf_counter() - started)
 
 
 def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Tensor]) -> None:

@@ -29,42 +29,54 @@ def training_events(pair: Pair) -> np.ndarray:
     return seen
 
 
-def popularity(pair: Pair, domain: int) -> Scorer:
-    """Score an item by its number of training events: the same for every user."""
-    counts = np.bincount(pair.items[training_events(pair)], minlength=1 + sum(pair.num_items)).astype(np.float32)
-    of_domain = counts[_ids(pair, domain)]
-    return lambda users: np.tile(of_domain, (len(users), 1))
+def counts(pair: Pair) -> np.ndarray:
+    """float32 (1 + nA + nB,), training events of each item."""
+    return np.bincount(pair.items[training_events(pair)], minlength=1 + sum(pair.num_items)).astype(np.float32)
 
 
-def markov(pair: Pair, domain: int) -> Scorer:
-    """Score an item by how often it came right after the user's last item in a training history."""
+def transitions(pair: Pair) -> sparse.csr_array:
+    """float32 (1 + nA + nB, 1 + nA + nB): how often column came right after row in a training history."""
     stream, size = _streams(pair), 1 + sum(pair.num_items)
     steps = np.flatnonzero(training_events(pair)[1:] & (stream[1:] == stream[:-1]))
     ones = np.ones(len(steps), np.float32)
-    counts = sparse.coo_array((ones, (pair.items[steps], pair.items[steps + 1])), shape=(size, size)).tocsr()
-    last = _last_items(pair, domain)
-    return lambda users: counts[last[users]].toarray()[:, _ids(pair, domain)]
+    return sparse.coo_array((ones, (pair.items[steps], pair.items[steps + 1])), shape=(size, size)).tocsr()
 
 
-def item_knn(pair: Pair, domain: int) -> Scorer:
-    """Score an item by its cosine similarity to the items of the user's history, added up (Sarwar et al., WWW 2001).
+def similarities(pair: Pair) -> sparse.csr_array:
+    """float32 (1 + nA + nB, 1 + nA + nB): cosines of items' columns in the binary user-item matrix of training.
 
-    The similarity of two items is the cosine of their columns in the binary user-item matrix of all training
-    histories, of both domains: an item of the other domain speaks too.
+    Both domains are in it: an item of the other domain speaks too (Sarwar et al., WWW 2001).
     """
     owner, known = np.repeat(np.arange(pair.num_users), pair.lengths), training_events(pair)
     shape = pair.num_users, 1 + sum(pair.num_items)
     bought = sparse.coo_array((np.ones(known.sum(), np.float32), (owner[known], pair.items[known])), shape).tocsr()
     bought.data[:] = 1  # whatever was bought twice
-    unit = (bought @ sparse.diags_array(1 / np.sqrt(np.maximum(bought.sum(axis=0), 1)).astype(np.float32))).tocsc()
-    similar = (unit.T @ unit[:, _ids(pair, domain)]).tocsr()
-    test = pair.split("test")
+    unit = bought @ sparse.diags_array(1 / np.sqrt(np.maximum(bought.sum(axis=0), 1)).astype(np.float32))
+    return (unit.T @ unit).tocsr()
+
+
+def popularity(pair: Pair, domain: int) -> Scorer:
+    """Score an item by its number of training events: the same for every user."""
+    of_domain = counts(pair)[_ids(pair, domain)]
+    return lambda users: np.tile(of_domain, (len(users), 1))
+
+
+def markov(pair: Pair, domain: int) -> Scorer:
+    """Score an item by how often it came right after the user's last item in a training history."""
+    followed, last = transitions(pair)[:, _ids(pair, domain)], _last_items(pair, domain)
+    return lambda users: followed[last[users]].toarray()
+
+
+def item_knn(pair: Pair, domain: int) -> Scorer:
+    """Score an item by its cosine similarities to the items of the user's history, added up."""
+    similar, test = similarities(pair)[:, _ids(pair, domain)], pair.split("test")
 
     def score(users: np.ndarray) -> np.ndarray:
         histories = [test.history(user) for user in users]
         rows = np.repeat(np.arange(len(users)), [len(history) for history in histories])
-        seen = sparse.coo_array((np.ones(len(rows), np.float32), (rows, np.concatenate(histories))))
-        seen.resize((len(users), shape[1]))
+        seen = sparse.coo_array(
+            (np.ones(len(rows), np.float32), (rows, np.concatenate(histories))), (len(users), similar.shape[0])
+        )
         return (seen.tocsr() @ similar).toarray()
 
     return score

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gcalib import yardsticks
 from gcalib.config import RunConfig
 from gcalib.data.batches import make_batch
 from gcalib.data.pair import Pair
@@ -17,6 +18,7 @@ from gcalib.evaluation import evaluate, score
 from gcalib.experiments import run
 from gcalib.models import build_model
 from gcalib.models.crossing import touched, untouched
+from gcalib.ranking import metrics
 
 NUM_A, NUM_B = 40, 45
 SEQUENCES = st.lists(
@@ -110,6 +112,16 @@ def test_evaluation_agrees_with_ranking_score_one_target_at_a_time(model: str) -
     for domain, letter in enumerate("ab"):
         assert found[f"{letter}.full.mrr"] == pytest.approx(np.mean(reciprocal[domain]), rel=1e-6)
         assert found[f"{letter}.targets"] == len(reciprocal[domain]) > 10
+
+
+@pytest.mark.parametrize("name", ["popularity", "markov", "item-knn"])
+def test_yardsticks_rank_alike_as_models_and_as_scorers(name: str) -> None:
+    pair = per_domain()
+    found = evaluate(build_model(RunConfig(pair="split", model=name), pair), pair, "test", device=torch.device("cpu"))
+    for domain, letter in enumerate("ab"):
+        scorer = getattr(yardsticks, name.replace("-", "_"))(pair, domain)
+        ranks = metrics(*yardsticks.ranks(pair, scorer, domain))
+        assert {metric: found[f"{letter}.full.{metric}"] for metric in ranks} == pytest.approx(ranks, rel=1e-6)
 
 
 def test_a_run_without_a_clock_says_so_and_other_models_refuse(tmp_path: Path) -> None:

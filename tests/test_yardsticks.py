@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
+import gcalib
 from gcalib import load_pair, yardsticks
+from gcalib.data.batches import make_batch
 from gcalib.data.pair import Pair
 from gcalib.ranking import metrics
 
@@ -101,3 +103,24 @@ def test_without_a_clock_all_is_counted_inside_a_domain():
     # Target 8 of user 0 stands alone, 8 of user 1 loses to no other than 7, 7 of user 2 likewise: 7 and 8 score zero.
     rank, size = yardsticks.ranks(SPLIT, yardsticks.popularity(SPLIT, 1), 1)
     assert size.tolist() == [1, 2, 1] and rank.tolist() == [1, 1.5, 1]
+
+
+@pytest.mark.parametrize("name", ["popularity", "markov", "item-knn"])
+def test_a_yardstick_is_a_model_with_a_record(name, tmp_path):
+    """The same ranks through the models' evaluation as by the scorer; nothing is trained."""
+    config = gcalib.RunConfig(pair="synthetic:num_users=300", model=name)
+    pair = load_pair(config.pair)
+    record = gcalib.run(config, tmp_path)
+    for domain, letter in enumerate("ab"):
+        scorer = getattr(yardsticks, name.replace("-", "_"))(pair, domain)
+        found = metrics(*yardsticks.ranks(pair, scorer, domain))
+        for metric in ("ndcg@10", "mrr", "auc"):
+            assert record[f"test.{letter}.full.{metric}"] == pytest.approx(found[metric], rel=1e-6)
+    assert record["params_total"] == record["epochs_trained"] == record["flops_per_step"] == 0
+    model = gcalib.build_model(config, pair)
+    scores = gcalib.score(model, pair, [pair.sequence(3)[:-1]])
+    vectors = [model.item_vectors(domain) for domain in (0, 1)]
+    batch = make_batch([pair.sequence(3)[:-1]], pair.num_items[0], window=model.window, training=False)
+    for domain, state in enumerate(model(batch)):
+        mine = slice(1 + domain * pair.num_items[0], 1 + pair.num_items[0] + domain * pair.num_items[1])
+        assert scores[0, mine] == pytest.approx((state @ vectors[domain].T).numpy()[0], rel=1e-5)

@@ -1,8 +1,9 @@
-"""Bytes of data files, unpacked and checked, and the one file that is JSON: the map of items."""
+"""Bytes of data files, unpacked and checked, and the files that are JSON: the map of items, and their titles."""
 
 from __future__ import annotations
 
 import gzip
+import html
 import json
 import zlib
 from pathlib import Path
@@ -130,3 +131,32 @@ def read_item_map(path: Path, data: bytes | None = None) -> tuple[np.ndarray, tu
 
 def _domain_of(value: Any) -> Any:
     return value[1] if isinstance(value, list) and len(value) == 2 else None
+
+
+def read_titles(path: Path, data: bytes | None = None) -> dict[str, str]:
+    """Read `{"item": "title", ...}`; a list of strings in place of a title is joined by commas.
+
+    HTML entities are resolved and white space is made single; an empty title is none.
+
+    Raises
+    ------
+    DataError
+        If it is no such JSON.
+    """
+    try:
+        table = json.loads(read_text(path, data).decode())
+    except json.JSONDecodeError as error:
+        raise fault(path, error.lineno, f'is not JSON of the form {{"item": "title"}} ({error.msg}).') from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise fault(path, 1, f'is not JSON of the form {{"item": "title"}} ({error}).') from None
+    if not isinstance(table, dict):
+        raise fault(path, 1, 'is not a JSON object {"item": "title", ...}.')
+    titles = {}
+    for name, value in table.items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str) for part in parts):
+            what = f"item {short(name)} has {short(value)}; it must be a title, or a list of strings."
+            raise fault(path, None, what)
+        if title := " ".join(html.unescape(", ".join(parts)).split()):
+            titles[name] = title
+    return titles

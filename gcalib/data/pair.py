@@ -7,6 +7,7 @@ from a generator.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,6 +18,23 @@ from gcalib.data.errors import DataError
 from gcalib.data.split import MIN_EVENTS, TARGET, Split, SplitName, leave_one_out, streams
 
 __all__ = ["MIN_EVENTS", "DataError", "Pair", "Split", "SplitName"]
+
+
+@dataclass(frozen=True)
+class Titles:
+    """Texts of items, by original id, that came with a pair.
+
+    Attributes
+    ----------
+    source
+        What they are, as records name it.
+    from_file
+        Whether they were read from a file beside the data; else they follow from what the events follow from.
+    """
+
+    by_name: dict[str, str]
+    source: str = "titles"
+    from_file: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +65,8 @@ class Pair:
         What reading dropped or changed; the names are explained in `gcalib.data.prepare`.
     item_names
         str (nA + nB,), the original id (ASIN) of item 1, 2, ..., or None if unknown.
+    titles
+        What the items say, if that came with the pair; for published pairs see `gcalib.data.text`.
 
     Raises
     ------
@@ -64,6 +84,7 @@ class Pair:
     ties: str
     counts: dict[str, int] = field(default_factory=dict)
     item_names: np.ndarray | None = None
+    titles: Titles | None = None
     _splits: dict[SplitName, Split] = field(default_factory=dict, init=False, repr=False)
     _candidates: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
@@ -112,11 +133,16 @@ class Pair:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all that results depend on: events, times, order, catalogue sizes, clock. Not of names or paths."""
+        """Hash of all that results depend on: events, times, order, catalogue sizes, clock, titles read from a file.
+
+        Not of names or paths.
+        """
         digest = hashlib.sha256()
         for array in (self.items, self.times, self.offsets, np.array([*self.num_items, self.has_clock])):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        if self.titles is not None and self.titles.from_file:
+            digest.update(json.dumps(sorted(self.titles.by_name.items())).encode())
         return digest.hexdigest()
 
     def sequence(self, user: int) -> np.ndarray:

@@ -9,6 +9,9 @@ A path is a folder that holds one of these, each file plain or gzipped (name end
 -   two files of one domain each, A and B in the order of their names, of the form `reviewer_id ASIN|timestamp ...`,
     or a ratings csv (`gcalib.data.ratings`). Users active in both are kept, with `min_per_domain=0` all.
 
+A file `titles.json` (or `titles.json.gz`) may stand beside them, `{"item": "title", ...}`: what the items say, for
+models that read it (`gcalib.data.text`).
+
 Or it is the names of two such single-domain files, A then B: `"sports.txt.gz + phones.csv"`.
 """
 
@@ -16,8 +19,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gcalib.data.files import fault, read_text
-from gcalib.data.pair import DataError, Pair
+from gcalib.data.files import fault, read_text, read_titles
+from gcalib.data.pair import DataError, Pair, Titles
 from gcalib.data.prepare import Events, Options, finish, match
 from gcalib.data.ratings import read_ratings
 from gcalib.data.readers import read_prepared, read_single
@@ -55,8 +58,9 @@ def read_path(path: str | Path, options: Options, columns: str | None = None, kn
         domains = (parts[0], parts[1]) if len(parts) == 2 and all(parts) else ("a", "b")
         table, sizes, has_clock = read_prepared(events[0], maps[0])
         return finish(
-            table, name=name, domains=domains, num_items=sizes, has_clock=has_clock, options=options, raw=False
-        )
+            table, name=name, domains=domains, num_items=sizes, has_clock=has_clock, options=options, raw=False,
+            titles=_titles(folder),
+        )  # fmt: skip
     if not maps and len(events) == 2:
         return _read_two(events[0], events[1], name, options, columns)
     found = ", ".join(file.name for file in files) or "nothing"
@@ -79,8 +83,17 @@ def _read_two(a: Path, b: Path, name: str, options: Options, columns: str | None
     parts = _read_one(a, columns), _read_one(b, columns)
     events, sizes, has_clock = match(*parts, options.k_core, None if options.min_per_domain == 0 else 0)
     return finish(
-        events, name=name, domains=(stem(a), stem(b)), num_items=sizes, has_clock=has_clock, options=options, raw=True
-    )
+        events, name=name, domains=(stem(a), stem(b)), num_items=sizes, has_clock=has_clock, options=options, raw=True,
+        titles=_titles(a.parent),
+    )  # fmt: skip
+
+
+def _titles(folder: Path) -> Titles | None:
+    """What the items say, if a file of the folder tells."""
+    found = [path for name in ("titles.json", "titles.json.gz") if (path := folder / name).is_file()]
+    if len(found) == 2:
+        raise DataError(f"{folder} holds both titles.json and titles.json.gz; one file of titles was expected.")
+    return Titles(read_titles(found[0]), from_file=True) if found else None
 
 
 def _read_one(path: Path, columns: str | None) -> Events:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from gcalib.data.pair import MIN_EVENTS, DataError, Pair
+from gcalib.data.pair import MIN_EVENTS, DataError, Pair, Titles
 
 TIES = ("shuffle", "published")
 ONE_DOMAIN_SEED = 2410_13588  # of the sample of users active in one domain, part of the data: CDSRNP's number
@@ -173,6 +173,7 @@ def finish(
     has_clock: bool,
     options: Options,
     raw: bool,
+    titles: Titles | None = None,
 ) -> Pair:
     """Steps 5 to 7 (and 1, 2 for a prepared file), then the `Pair`.
 
@@ -221,6 +222,7 @@ def finish(
         ties=options.ties,
         counts=events.counts,
         item_names=events.item_names,
+        titles=titles,
     )
 
 

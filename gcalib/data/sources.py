@@ -128,9 +128,11 @@ def locate(name: str, source: Source, download: bool = True) -> tuple[Path, byte
         return path, data
     path = cache() / source.plain_path
     if source.url is None:
-        files = (f"{file.path} (sha256 {file.sha256})" for file in PAIRS[name].files)
+        needed = dict.fromkeys((*PAIRS[name].files, source))
+        files = (f"{file.path} (sha256 {file.sha256})" for file in needed)
+        what = name if source in PAIRS[name].files else f"The item text of {name}"
         raise DataError(
-            f"{name} has no public download: put {' and '.join(files)} into a folder and set the environment variable "
+            f"{what} has no public download: put {' and '.join(files)} into a folder and set the environment variable "
             "GCALIB_DATA to that folder."
         )
     if download:

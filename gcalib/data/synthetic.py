@@ -18,6 +18,7 @@ What is planted, for user u and the events t = 1, 2, ... of the user's mixed str
 -   Popularity is skewed (Zipf), no item stands in both domains, and lengths, domain switches, gaps and ties of days
     follow Food-Kitchen: 5 events or more in each domain, 50 in all, 31% of neighbours on one day, where the
     published order is by ascending id.
+-   Titles name an item's group and, in eighths, its place f (`gcalib.data.naming`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from gcalib.data.pair import Pair
+from gcalib.data.naming import planted_titles
+from gcalib.data.pair import Pair, Titles
 from gcalib.data.prepare import Events, Options, finish
 
 DIMENSIONS = 2  # of interests and items: with some 140 items a group, the plane is covered and neighbours exist
@@ -105,6 +107,7 @@ def synthetic_pair(
         For a value out of range.
     """
     planted = generate(num_users, num_items, novelty, seed)
+    titles = planted_titles(planted.item_factors, planted.item_groups, seed)
     return finish(
         planted.events,
         name=name,
@@ -113,6 +116,7 @@ def synthetic_pair(
         has_clock=True,
         options=options or Options(),
         raw=False,
+        titles=Titles(dict(zip(planted.events.item_names, titles, strict=True)), "planted titles"),
     )
 
 

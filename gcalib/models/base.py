@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,6 +16,8 @@ from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
 from gcalib.data.pair import Pair
 
+REDRAWS = 20  # of a negative that the user has; not for ever, since a user may have the whole domain
+
 
 class Recommender(nn.Module, ABC):
     """A model of users' next items in two domains, A (0) and B (1).
@@ -25,6 +28,8 @@ class Recommender(nn.Module, ABC):
         The insertion points of gated cross-attention that the model has, and where they are.
     needs_clock
         Whether it needs the order of events across the two domains.
+    trained
+        False for a yardstick without parameters: `fit` only evaluates it.
     num_items
         Items of A and of B; ids 1..nA are A's, nA+1..nA+nB are B's, 0 is padding.
     window
@@ -37,6 +42,7 @@ class Recommender(nn.Module, ABC):
 
     points: ClassVar[dict[int, str]] = {}
     needs_clock: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
 
     num_items: tuple[int, int]
     window: int
@@ -59,6 +65,14 @@ class Recommender(nn.Module, ABC):
     @abstractmethod
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
         """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state."""
+
+    def scorer(self, domain: int) -> Callable[[Tensor], Tensor]:
+        """A function from states of a domain (users, dim) to the scores of its items (users, items).
+
+        Made once for many batches, since the items' vectors may take some computing.
+        """
+        vectors = self.item_vectors(domain)
+        return lambda states: states @ vectors.T
 
     @abstractmethod
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
@@ -83,6 +97,27 @@ def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: 
     nA, nB = num_items
     drawn = [rng.choice(size, min(size, count // 2), replace=False, shuffle=False) for size in (nA, nB)]
     return torch.from_numpy(np.concatenate([1 + drawn[0], 1 + nA + drawn[1]]))
+
+
+def draw_new_to_users(
+    rng: np.random.Generator, num_items: tuple[int, int], batch: Batch
+) -> tuple[Int[Tensor, " queries_a"], Int[Tensor, " queries_b"]]:
+    """One item id for each query of a training batch, of the query's domain, that is none of its user's items."""
+    nA, nB = num_items
+    key = 1 + nA + nB  # of a user and an item; a user's items are those of the mixed stream and the targets
+    held = [(batch.mixed.sequence, batch.mixed.items), *((query.sequence, query.targets) for query in batch.queries)]
+    bought = np.concatenate([(sequence * key + items).cpu().numpy() for sequence, items in held])
+    drawn = []
+    for first, size, query in zip((1, 1 + nA), num_items, batch.queries, strict=True):
+        who = query.sequence.cpu().numpy()
+        sampled = rng.integers(first, first + size, len(who))
+        for _ in range(REDRAWS):
+            again = np.flatnonzero(np.isin(who * key + sampled, bought))
+            if len(again) == 0:
+                break
+            sampled[again] = rng.integers(first, first + size, len(again))
+        drawn.append(torch.from_numpy(sampled))
+    return drawn[0], drawn[1]
 
 
 def shared_logits(
@@ -129,6 +164,29 @@ def binary_cross_entropy(
     real: Bool[Tensor, "queries negatives"] = torch.isfinite(negative)
     wrong = F.softplus(negative).sum(dim=1) / real.sum(dim=1).clamp(min=1)
     return ((F.softplus(-positive) + wrong) * weight).sum()
+
+
+def soft_contrast(x: Float[Tensor, "users dim"], y: Float[Tensor, "users dim"]) -> Float[Tensor, ""]:
+    """Contrast of two views of the same users with soft targets, at temperature 1 (LLM4CDSR, arXiv 2504.18383).
+
+        S = X Y^T,  T = softmax((X X^T + Y Y^T) / 2)
+        mean over rows of  (T . -log softmax(S) + T^T . -log softmax(S^T)) / 2
+
+    What is alike within the views may stay alike across them. Zero for no users.
+
+    >>> soft_contrast(torch.zeros(4, 2), torch.ones(4, 2)).item() == torch.tensor(4.0).log().item()
+    True
+    """
+    if len(x) == 0:
+        return x.sum()
+    if x.dtype == torch.bfloat16 or y.dtype == torch.bfloat16:
+        x, y = x.float(), y.float()
+    with torch.autocast(x.device.type, enabled=False):
+        logits = x @ y.T
+        alike = ((x @ x.T + y @ y.T) / 2).softmax(dim=1)
+    of_x = -(alike * logits.log_softmax(dim=1)).sum(dim=1)
+    of_y = -(alike.T * logits.T.log_softmax(dim=1)).sum(dim=1)
+    return (of_x + of_y).mean() / 2
 
 
 def mean_per_user(sequence: Int[Tensor, " queries"], batch_size: int) -> Float[Tensor, " queries"]:

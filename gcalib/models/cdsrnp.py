@@ -134,11 +134,12 @@ class CDSRNP(Recommender):
 
     def encode(self, batch: Batch) -> Rows:
         """Rows of the two domains after the sequence encoders."""
+        sizes = [len(s.items) for s in batch.own]
         # one lookup for both domains: each costs a gradient as large as the table
         items = self.item(torch.cat([s.items for s in batch.own])) * self.item.embedding_dim**0.5
         a, b = (
             self.dropout(item + position(s.position))
-            for item, s, position in zip(items.split([len(s.items) for s in batch.own]), batch.own, self.position, strict=True)
+            for item, s, position in zip(items.split(sizes), batch.own, self.position, strict=True)
         )
         if 0 in self.gca_points:
             a, b = self.gca.cross(0, a, b, *(untouched(s) for s in batch.own))
