@@ -64,6 +64,10 @@ class RunConfig(BaseModel):
     tie_seed: int = Field(0, ge=0, description="seed of the shuffled ties; part of the data, not of the run")
     max_length: int = Field(50, ge=4, description="events kept a user, the newest ones")
 
+    min_per_domain: int | None = Field(
+        None, ge=0, description="events a user must have in each domain; 0 lets users of one domain in"
+    )
+
     # What is trained
     model: ModelName = "abxi"
     gca: tuple[int, ...] = Field((), description="insertion points of gated cross-attention; () is the baseline")

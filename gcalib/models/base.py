@@ -205,3 +205,29 @@ def mean_per_user(sequence: Int[Tensor, " queries"], batch_size: int) -> Float[T
     """
     counts = torch.bincount(sequence, minlength=batch_size)
     return 1.0 / (counts[sequence] * batch_size)
+
+
+def next_item_losses(
+    states: tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]],
+    batch: Batch,
+    negatives: Int[Tensor, " negatives"],
+    item: nn.Embedding,
+    *,
+    num_items_a: int,
+    objective: str,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Losses `"a"` and `"b"` of states against the negatives of their own domain, as `objective` says.
+
+    Binary cross-entropy (`"published"`) or InfoNCE, averaged over a user's targets first, then over users.
+    """
+    losses = {}
+    for number, (state, queries) in enumerate(zip(states, batch.queries, strict=True)):
+        mine = negatives[(negatives > num_items_a) == bool(number)]
+        positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine))
+        weight = mean_per_user(queries.sequence, batch.size)
+        if objective == "infonce":
+            losses["ab"[number]] = info_nce(positive / temperature, negative / temperature, weight)
+        else:
+            losses["ab"[number]] = binary_cross_entropy(positive, negative, weight)
+    return losses
