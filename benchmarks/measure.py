@@ -20,7 +20,7 @@ from gcalib import RunConfig, build_model
 from gcalib.data import Pair
 from gcalib.data.batches import length_batches
 from gcalib.evaluation import EVAL_USERS, evaluate
-from gcalib.experiments import CPU_ATTENTION_FLOPS
+from gcalib.models.cost import CPU_ATTENTION_FLOPS
 from gcalib.training import Trainer
 
 PRECISIONS = ("fp32", "bf16")

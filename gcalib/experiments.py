@@ -33,7 +33,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from gcalib.attention import GatedCrossAttention
@@ -41,24 +40,21 @@ from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import load_pair
 from gcalib.evaluation import evaluate
-from gcalib.models import MODELS, Recommender, build_model
-from gcalib.training import Trainer, fit, pick_device
+from gcalib.models import Recommender, build_model, matched
+from gcalib.models.cost import flops_per_step, parameter_counts
+from gcalib.training import fit, pick_device
 
 log = logging.getLogger("gcalib")
 
 RESULTS_VERSION = 1
 """Raise by hand whenever a change alters results; `tests/test_experiments.py` pins a tiny run to it."""
 
-# torch's counter knows the attention of GPUs only
-CPU_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-
 CIRCUMSTANCES = ("seconds", "peak_memory_bytes", "device", "threads")
 """Columns of a record that may differ between two runs of the same config."""
+
+
+DEFAULTS = {name: field.default for name, field in RunConfig.model_fields.items() if not field.is_required()}
+"""What a record means that is older than one of the config's fields: such a field came with what had been so before."""
 
 
 class RunStore:
@@ -160,10 +156,12 @@ def _read(path: Path) -> pa.Table:
 
 def _record_of(table: pa.Table) -> dict[str, Any]:
     record: dict[str, Any] = table.to_pylist()[0]
-    return {**record, "gca": tuple(record["gca"])}
+    return {**DEFAULTS, **record, "gca": tuple(record["gca"])}
 
 
 def _equal(found: Any, value: Any) -> bool:
+    if isinstance(found, (list, np.ndarray)):
+        found = tuple(found)
     missing = found is None or (isinstance(found, float) and np.isnan(found))
     return bool(missing if value is None else found == value)
 
@@ -178,6 +176,11 @@ def load_results(store: str | Path = "results") -> pd.DataFrame:
     frame = _frame((Path(store) / "records").glob("*.parquet"))
     if not frame.empty:
         frame["gca"] = frame["gca"].map(tuple)
+        for name, default in DEFAULTS.items():
+            if name not in frame:
+                frame[name] = default
+            elif default is not None and frame[name].isna().any():
+                frame[name] = frame[name].where(frame[name].notna(), default).infer_objects()
         trace({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
     return frame
 
@@ -194,6 +197,8 @@ def record_sha256(record: dict[str, Any]) -> str:
     for key, value in record.items():
         if key in CIRCUMSTANCES or _equal(value, None):
             continue  # a frame has the columns of all its runs: what a record lacks is missing there
+        if key in DEFAULTS and _equal(value, DEFAULTS[key]):
+            continue  # and a record may be older than the field
         if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
             value = float(value)  # and a column with gaps holds its integers as floats
         content[key] = [int(point) for point in value] if isinstance(value, (tuple, list, np.ndarray)) else value
@@ -225,7 +230,7 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
     Returns
     -------
     dict
-        The config's fields, `run_id`, `params_total`, `params_trainable`, `params_embedding`, `flops_per_step`,
+        The config's fields, `run_id`, `params_*` (see `parameter_counts`), `flops_per_step`,
         `seconds`, `peak_memory_bytes`, `epochs_trained`, `best_epoch`, `stopped_early` (False: cut by `epochs`),
         `code_version`, `results_version`, `data_sha256`, and `<split>.<domain>...` figures of the best epoch
         (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs`, from untrained cross-attention).
@@ -262,31 +267,26 @@ def _compute(
     config: RunConfig, pair: Pair, name: str, checkpoint: Path, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     _reset_peak_memory(device)
-    flops = flops_per_step(config, pair) if MODELS[config.model].trained else 0
-    done = fit(config, pair, device=device, checkpoint=checkpoint)
+    twin = matched(config, pair) if config.match else None
+    trained = twin.config if twin else config  # what is built and trained; the record keeps what was asked for
+    done = fit(trained, pair, device=device, checkpoint=checkpoint)
     model = done.model
     figures: dict[str, float] = {}
     for split in ("val", "test"):
         found = evaluate(model, pair, split)
-        if config.gca:
-            untrained = evaluate(_with_initial_gca(model, config, pair), pair, split)
+        if trained.gca:
+            untrained = evaluate(_with_initial_gca(model, trained, pair), pair, split)
             found |= {
                 key.replace("cos_mean_abs", "null_init_mean_abs"): value
                 for key, value in untrained.items()
                 if key.endswith(".cos_mean_abs")
             }
         figures |= {f"{split}.{key}": value for key, value in found.items()}
-    parameters = dict(model.named_parameters())
-    sizes = {key: parameter.numel() for key, parameter in parameters.items()}
     record = {
         "run_id": name,
         **config.model_dump(),
-        "params_total": sum(sizes.values()),
-        "params_trainable": sum(size for key, size in sizes.items() if parameters[key].requires_grad),
-        "params_embedding": sum(
-            module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)
-        ),
-        "flops_per_step": flops,
+        **parameter_counts(model),
+        "flops_per_step": flops_per_step(model, pair, config.batch_size) if model.trained else 0,
         "seconds": done.seconds,
         "peak_memory_bytes": _peak_memory(device),
         "epochs_trained": len(done.curves) - 1,
@@ -298,6 +298,7 @@ def _compute(
         "clock": pair.has_clock,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        **({} if twin is None else twin.facts()),
         **model.facts(),
         **figures,
     }
@@ -314,21 +315,6 @@ def _with_initial_gca(model: Recommender, config: RunConfig, pair: Pair) -> Reco
         if isinstance(module, GatedCrossAttention):
             module.load_state_dict(fresh[name].state_dict())
     return mixed
-
-
-def flops_per_step(config: RunConfig, pair: Pair) -> int:
-    """Floating-point operations of the matrix products and attention of one training step, forward and backward.
-
-    Counted by torch on one batch of users spread evenly over all lengths.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        trainer = Trainer(config, pair, torch.device("cpu"))
-        size = min(config.batch_size, pair.num_users)
-        users = np.argsort(trainer.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
-            trainer.step(users)
-    return int(counter.get_total_flops())
 
 
 def _code_version() -> str:

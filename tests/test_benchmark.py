@@ -92,8 +92,8 @@ def test_the_flops_of_a_step_are_those_of_its_formula() -> None:
     """Attention, as records and the benchmark count it: 14 L^2 d for each of a stream's sequences."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from gcalib.experiments import CPU_ATTENTION_FLOPS
     from gcalib.layers import SelfAttention
+    from gcalib.models.cost import CPU_ATTENTION_FLOPS
     from gcalib.packing import Layout
 
     layout = Layout.of(torch.tensor([0, 0, 0, 1]), 2)

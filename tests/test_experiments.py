@@ -7,6 +7,7 @@ import multiprocessing
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 import gcalib.experiments
@@ -168,3 +169,32 @@ def test_the_trace_names_what_was_used(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "trace").read_text().splitlines() == [line]
     load_results(tmp_path / "store")
     assert (tmp_path / "trace").read_text().splitlines() == [line] * 2  # a frame's row hashes like the record
+
+
+def test_a_record_older_than_a_field_means_its_default(tmp_path: Path) -> None:
+    """Fields come with a default that says what was so before: old records are found, read and hashed with it."""
+    record = run(tiny_config(), tmp_path)
+    path = RunStore(tmp_path).record_path(record["run_id"])
+    whole = pq.read_table(path)
+    pq.write_table(whole.drop_columns(["negative_groups", "objective", "layers"]), path)
+    found = RunStore(tmp_path).find(tiny_config())
+    assert found is not None
+    assert (found["negative_groups"], found["objective"], found["layers"]) == (1, "published", None)
+    assert record_sha256(found) == record_sha256(record)
+    frame = load_results(tmp_path)
+    assert frame["negative_groups"].item() == 1 and frame["objective"].item() == "published"
+    run(tiny_config(negative_groups=3), tmp_path)  # a newer record beside it
+    frame = load_results(tmp_path).sort_values("negative_groups")
+    assert frame["negative_groups"].tolist() == [1, 3] and RunStore(tmp_path).find(tiny_config()) is not None
+    rows = {row["run_id"]: record_sha256(row) for row in frame.to_dict("records")}
+    assert rows[record["run_id"]] == record_sha256(record)
+
+
+def test_a_matched_run_records_both_sizes_and_what_was_widened(tmp_path: Path) -> None:
+    with_gca = run(tiny_config(dim=16), tmp_path)
+    twin = run(tiny_config(dim=16, match="params", match_axis="hidden"), tmp_path)
+    assert twin["match_size"] == twin["params_network"] and twin["match_target"] == with_gca["params_network"]
+    assert abs(twin["params_network"] / with_gca["params_network"] - 1) <= 0.01
+    assert twin["gca"] == (0,) and twin["match_hidden"] > 16 and not any(".gca0." in key for key in twin)
+    assert twin["params_embedding"] == with_gca["params_embedding"]
+    assert run(tiny_config(dim=16, match="params", match_axis="hidden", heads=4), tmp_path)["run_id"] == twin["run_id"]

@@ -52,6 +52,12 @@ class Match:
         """How far the size is off, as a share of the target."""
         return abs(self.size - self.target) / self.target
 
+    def facts(self) -> dict[str, int]:
+        """What a record says of the match: both sizes, and what the plain config was widened to."""
+        fields = ("dim", "hidden", "layers", "domain_rank", "invariant_rank", "adapter")
+        widths = {f"match_{name}": getattr(self.config, name) for name in fields}
+        return {"match_size": self.size, "match_target": self.target, **{k: v for k, v in widths.items() if v}}
+
 
 def matched(config: RunConfig, pair: Pair) -> Match:
     """The plain twin of a config with `match`.
