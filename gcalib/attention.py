@@ -257,6 +257,20 @@ def tapping(model: nn.Module, *, weights: bool = False) -> Iterator[list[Tap]]:
             module._taps, module._tap_weights = None, False
 
 
+@contextmanager
+def untapped(model: nn.Module) -> Iterator[None]:
+    """Keep what passes inside the block out of `tapping`: passes over other sequences than those being measured."""
+    modules = [module for module in model.modules() if isinstance(module, GatedCrossAttention)]
+    kept = [module._taps for module in modules]
+    for module in modules:
+        module._taps = None
+    try:
+        yield
+    finally:
+        for module, taps in zip(modules, kept, strict=True):
+            module._taps = taps
+
+
 def newest_visible(
     y: Float[Tensor, "rows_y dim"], layout_y: Layout, mask: Bool[Tensor, "batch length_x length_y"], layout_x: Layout
 ) -> Float[Tensor, "rows_x dim"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gcalib.alignment import AlignmentMeter
 from gcalib.attention import tapping
 from gcalib.data.batches import Batch, length_batches, make_batch
-from gcalib.data.pair import Pair, SplitName
+from gcalib.data.pair import Pair, Split, SplitName
 from gcalib.models import Recommender
 from gcalib.ranking import metrics, rank_among, rank_of_target
 
@@ -29,39 +29,44 @@ def evaluate(
     alignment: bool = True,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Rank every user's target and measure every cross-attention, in one pass over the users.
+    """Rank every target and measure every cross-attention, in one pass over the users.
 
-    The sampled protocols are read out of the full ranking's scores. A protocol for which a domain has too few items
-    is left out.
+    A user has one target, or without a common clock one in each domain (`gcalib.data.split`). The sampled
+    protocols are read out of the full ranking's scores. A protocol for which a domain has too few items is left out.
 
     Returns
     -------
     dict
         `<domain>.<candidates>.<metric>` and `<domain>.gca<point>.<measure>`, domain a or b. Beside `full` stands
-        `full_seen`: the same over targets that occur in training.
+        `full_seen`: the same over targets that occur in training; and, if some users are active in one domain only,
+        `full_both` and `full_single`: over the targets of users active in both domains and in one.
     """
     device = device or _device(model)
     parts = pair.split(split)
     fitting = [name for name in protocols if name in SAMPLED and _fits(pair, name)]
     sampled = {name: pair.candidates(split, SAMPLED[name]) for name in fitting}
     owner = pair.domain_of(parts.targets)
-    ranks = {name: np.zeros(pair.num_users) for name in ("full", *sampled)}
+    example = np.full((pair.num_users, 2), -1)  # of each user in each domain
+    example[parts.users, owner] = np.arange(len(parts))
+    ranks = {name: np.zeros(len(parts)) for name in ("full", *sampled)}
     meters: dict[str, AlignmentMeter] = {}
     scorers = [model.scorer(domain) for domain in (0, 1)]
     was_training = model.training
     model.eval()
     with tapping(model) as taps:
         for users in length_batches(parts.lengths, EVAL_USERS, None):
-            states = model(_evaluation_batch(model, [parts.history(user) for user in users]).to(device))
+            histories = [parts.history(user) for user in users]
+            states = model(_evaluation_batch(model, histories, pair.has_clock).to(device))
             for domain in (0, 1):
-                asked = users[owner[users] == domain]
+                places = np.flatnonzero(example[users, domain] >= 0)
+                asked = example[users[places], domain]
                 if len(asked) == 0:
                     continue
                 first = 1 + domain * pair.num_items[0]
-                rows = torch.from_numpy(np.flatnonzero(owner[users] == domain)).to(device)
+                rows = torch.from_numpy(places).to(device)
                 scores = scorers[domain](states[domain][rows])
                 target = torch.from_numpy(parts.targets[asked] - first).to(device)
-                row, column = (t.to(device) for t in _interacted(pair, asked, domain))
+                row, column = (t.to(device) for t in _interacted(pair, parts.users[asked], domain))
                 ranks["full"][asked] = rank_of_target(scores, target, (row, column)).cpu().numpy()
                 of_target = scores.gather(1, target.unsqueeze(1)).squeeze(1)
                 for name, candidates in sampled.items():
@@ -76,14 +81,18 @@ def evaluate(
 
     result: dict[str, float] = {}
     known = ~pair.unseen_targets(split)
-    full_size = _full_candidates(pair, parts.targets)
+    full_size = _full_candidates(pair, parts)
+    groups = {"seen": known}
+    if not pair.in_both.all():
+        groups |= {"both": pair.in_both[parts.users], "single": ~pair.in_both[parts.users]}
     for domain, letter in enumerate("ab"):
         mine = owner == domain
         for name in ranks:
-            size = full_size if name == "full" else np.full(pair.num_users, 1 + SAMPLED[name])
+            size = full_size if name == "full" else np.full(len(parts), 1 + SAMPLED[name])
             _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]) if mine.any() else {})
-        if (mine & known).any():
-            _put(result, f"{letter}.full_seen", metrics(ranks["full"][mine & known], full_size[mine & known]))
+        for name, group in groups.items():
+            if (chosen := mine & group).any():
+                _put(result, f"{letter}.full_{name}", metrics(ranks["full"][chosen], full_size[chosen]))
         result[f"{letter}.targets"] = int(mine.sum())
         result[f"{letter}.targets_unseen"] = int((mine & ~known).sum())
     for name, meter in meters.items():
@@ -105,10 +114,11 @@ def _fits(pair: Pair, protocol: str) -> bool:
     return min(pair.num_items) - longest >= SAMPLED[protocol]
 
 
-def _evaluation_batch(model: Recommender, histories: list[np.ndarray]) -> Batch:
+def _evaluation_batch(model: Recommender, histories: list[np.ndarray], has_clock: bool) -> Batch:
     return make_batch(
-        histories, model.num_items[0], window=model.window, training=False, as_published=model.as_published
-    )
+        histories, model.num_items[0], window=model.window, training=False, as_published=model.as_published,
+        clock=has_clock,
+    )  # fmt: skip
 
 
 def _interacted(pair: Pair, users: np.ndarray, domain: int) -> tuple[Tensor, Tensor]:
@@ -123,14 +133,13 @@ def _interacted(pair: Pair, users: np.ndarray, domain: int) -> tuple[Tensor, Ten
     return torch.from_numpy(rows[mine]), torch.from_numpy(items[mine] - first)
 
 
-def _full_candidates(pair: Pair, targets: np.ndarray) -> np.ndarray:
-    """Candidates of the full protocol for each user: the target's domain less what else the user interacted with."""
+def _full_candidates(pair: Pair, split: Split) -> np.ndarray:
+    """Candidates of the full protocol for each target: its domain less what else the user interacted with there."""
     owner = np.repeat(np.arange(pair.num_users), pair.lengths)
-    domain = pair.domain_of(targets)
-    same = pair.domain_of(pair.items) == domain[owner]
-    pairs = np.unique(np.stack([owner[same], pair.items[same]]), axis=1)
-    others = np.bincount(pairs[0], minlength=pair.num_users) - 1
-    size: np.ndarray = np.asarray(pair.num_items)[domain] - others
+    items = np.unique(np.stack([owner * 2 + pair.domain_of(pair.items), pair.items]), axis=1)
+    known = np.bincount(items[0], minlength=2 * pair.num_users)
+    domain = pair.domain_of(split.targets)
+    size: np.ndarray = np.asarray(pair.num_items)[domain] - known[split.users * 2 + domain] + 1
     return size
 
 
@@ -141,7 +150,8 @@ def score(model: Recommender, pair: Pair, histories: Sequence[Sequence[int] | np
     Parameters
     ----------
     histories
-        Item ids, oldest first; of a long history the model looks at the newest `model.window` events.
+        Item ids, oldest first (without a common clock: oldest first in each domain); of a long history the model
+        looks at the newest `model.window` events.
 
     Returns
     -------
@@ -167,7 +177,7 @@ def score(model: Recommender, pair: Pair, histories: Sequence[Sequence[int] | np
     model.eval()
     scorers = [model.scorer(domain) for domain in (0, 1)]
     for users in length_batches(np.array([len(a) for a in arrays], dtype=np.int64), EVAL_USERS, None):
-        states = model(_evaluation_batch(model, [arrays[user] for user in users]).to(device))
+        states = model(_evaluation_batch(model, [arrays[user] for user in users], pair.has_clock).to(device))
         both = [scorer(state) for scorer, state in zip(scorers, states, strict=True)]
         result[users, 1:] = torch.cat(both, dim=1).float().cpu().numpy()
     model.train(was_training)

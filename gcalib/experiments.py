@@ -208,13 +208,13 @@ def trace(records: Iterable[dict[str, Any]]) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _pair(name: str, ties: str, tie_seed: int, max_length: int) -> Pair:
-    return load_pair(name, ties=ties, tie_seed=tie_seed, max_length=max_length)
+def _pair(name: str, ties: str, tie_seed: int, max_length: int, min_per_domain: int | None) -> Pair:
+    return load_pair(name, ties=ties, tie_seed=tie_seed, max_length=max_length, min_per_domain=min_per_domain)
 
 
 def pair_of(config: RunConfig) -> Pair:
-    """The pair of a config, with its tie order and maximum length (kept for the next call)."""
-    return _pair(config.pair, config.ties, config.tie_seed, config.max_length)
+    """The pair of a config, with its tie order, maximum length and minimum (kept for the next call)."""
+    return _pair(config.pair, config.ties, config.tie_seed, config.max_length, config.min_per_domain)
 
 
 def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto") -> dict[str, Any]:
@@ -295,6 +295,7 @@ def _compute(
         "code_version": _code_version(),
         "results_version": RESULTS_VERSION,
         "data_sha256": pair.sha256,
+        "clock": pair.has_clock,
         "device": device.type,
         "threads": torch.get_num_threads(),
         **model.facts(),

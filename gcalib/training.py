@@ -103,6 +103,7 @@ class Trainer:
         return make_batch(
             [self.sequences[user] for user in users], self.pair.num_items[0], window=model.window, training=True,
             tails=model.reads_tails, as_published=model.as_published, users=users,
+            clock=self.pair.has_clock,
         ).to(self.device)  # fmt: skip
 
     def step(self, users: np.ndarray) -> dict[str, Tensor]:

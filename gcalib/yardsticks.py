@@ -13,6 +13,7 @@ import torch
 from scipy import sparse
 
 from gcalib.data.pair import Pair
+from gcalib.data.split import MIN_IN_DOMAIN, TARGET, streams, to_end
 from gcalib.ranking import rank_among, rank_of_target
 
 # int64 (users,) to float32 (users, items of the domain)
@@ -21,10 +22,10 @@ USERS = 512  # scored at a time
 
 
 def training_events(pair: Pair) -> np.ndarray:
-    """Bool (events,), True for what training may see: all but the last two events of each user."""
-    pair.require_clock("Leave-one-out")
-    to_end = np.repeat(pair.offsets[1:], pair.lengths) - np.arange(len(pair.items))
-    seen: np.ndarray = to_end > 2
+    """Bool (events,), True for what training may see: all that leave-one-out does not hold out."""
+    place, size = to_end(_streams(pair))
+    held_out = place <= TARGET["val"]
+    seen: np.ndarray = ~held_out if pair.has_clock else ~held_out | (size < MIN_IN_DOMAIN)
     return seen
 
 
@@ -35,8 +36,8 @@ def counts(pair: Pair) -> np.ndarray:
 
 def transitions(pair: Pair) -> sparse.csr_array:
     """float32 (1 + nA + nB, 1 + nA + nB): how often column came right after row in a training history."""
-    owner, size = np.repeat(np.arange(pair.num_users), pair.lengths), 1 + sum(pair.num_items)
-    steps = np.flatnonzero(training_events(pair)[1:] & (owner[1:] == owner[:-1]))
+    stream, size = _streams(pair), 1 + sum(pair.num_items)
+    steps = np.flatnonzero(training_events(pair)[1:] & (stream[1:] == stream[:-1]))
     ones = np.ones(len(steps), np.float32)
     return sparse.coo_array((ones, (pair.items[steps], pair.items[steps + 1])), shape=(size, size)).tocsr()
 
@@ -62,7 +63,7 @@ def popularity(pair: Pair, domain: int) -> Scorer:
 
 def markov(pair: Pair, domain: int) -> Scorer:
     """Score an item by how often it came right after the user's last item in a training history."""
-    followed, last = transitions(pair)[:, _ids(pair, domain)], _last_items(pair)
+    followed, last = transitions(pair)[:, _ids(pair, domain)], _last_items(pair, domain)
     return lambda users: followed[last[users]].toarray()
 
 
@@ -87,7 +88,7 @@ def nearest_id(pair: Pair, domain: int, side: int) -> Scorer:
     Items on the other side, and all items if the last one belongs to the other domain, score zero. Ids carry no
     preference for a side, so what one side gains over the other it owes to the order in which events were filed.
     """
-    last, ids = _last_items(pair), _ids(pair, domain)
+    last, ids = _last_items(pair, domain), _ids(pair, domain)
 
     def score(users: np.ndarray) -> np.ndarray:
         gap = side * (ids - last[users][:, None])
@@ -109,17 +110,18 @@ def ranks(pair: Pair, scorer: Scorer, domain: int, negatives: int | None = None)
     Returns
     -------
     ranks, num_candidates
-        float64 and int64 (users with a target in the domain,), as `gcalib.ranking.metrics` takes them.
+        float64 and int64 (examples with a target in the domain,), as `gcalib.ranking.metrics` takes them.
     """
     test, first, size = pair.split("test"), 1 + domain * pair.num_items[0], pair.num_items[domain]
-    users = np.flatnonzero(pair.domain_of(test.targets) == domain)
+    examples = np.flatnonzero(pair.domain_of(test.targets) == domain)
     found, sizes = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
-    for start in range(0, len(users), USERS):
-        part = users[start : start + USERS]
-        scores, target = torch.from_numpy(scorer(part)), torch.from_numpy(test.targets[part] - first)
+    for start in range(0, len(examples), USERS):
+        part = examples[start : start + USERS]
+        users = test.users[part]
+        scores, target = torch.from_numpy(scorer(users)), torch.from_numpy(test.targets[part] - first)
         if negatives is None:
-            row = np.repeat(np.arange(len(part)), test.lengths[part])
-            items = np.concatenate([test.history(user) for user in part])
+            row = np.repeat(np.arange(len(part)), test.lengths[users])
+            items = np.concatenate([test.history(user) for user in users])
             mine = pair.domain_of(items) == domain
             of_target = np.arange(len(part)) * size + target.numpy()
             keys = np.setdiff1d(row[mine] * size + items[mine] - first, of_target)
@@ -137,7 +139,15 @@ def _ids(pair: Pair, domain: int) -> np.ndarray:
     return 1 + domain * pair.num_items[0] + np.arange(pair.num_items[domain])
 
 
-def _last_items(pair: Pair) -> np.ndarray:
-    """int64 (users,), the item before each test target."""
-    last: np.ndarray = pair.items[pair.split("test").stops - 1]
-    return last
+def _streams(pair: Pair) -> np.ndarray:
+    return streams(pair.items, pair.offsets, pair.num_items[0], pair.has_clock)
+
+
+def _last_items(pair: Pair, domain: int) -> np.ndarray:
+    """int64 (users,), the item before each user's test target (without a clock: in the domain, 0 where none is)."""
+    test = pair.split("test")
+    if pair.has_clock:
+        last: np.ndarray = pair.items[test.stops - 1]
+        return last
+    of_domain = [history[pair.domain_of(history) == domain] for history in map(test.history, range(pair.num_users))]
+    return np.array([history[-1] if len(history) else 0 for history in of_domain])

@@ -69,13 +69,42 @@ def test_unseen_targets_are_those_outside_every_training_history():
     assert pair.unseen_targets("val").any() and not pair.unseen_targets("val").all()
 
 
-def test_a_pair_without_a_clock_has_no_last_event():
-    pair = make([[1, 2, 4, 5]], has_clock=False)
+def test_a_pair_without_a_clock_has_no_one_stream():
     with pytest.raises(DataError, match="ABXI needs one stream .* toy is a per-domain pair"):
-        pair.require_clock("ABXI")
-    with pytest.raises(DataError, match="per-domain pair"):
-        pair.split("test")
+        make([[1, 2, 4, 5]], has_clock=False).require_clock("ABXI")
     make(TOY).require_clock("ABXI")
+
+
+# Users with 4 + 3, 3 + 1, 0 + 4 and 2 + 2 events; the last has no domain with a target.
+PER_DOMAIN = [[1, 2, 3, 4, 11, 12, 13], [5, 6, 7, 14], [15, 16, 17, 18], [8, 9, 19, 20]]
+
+
+def test_without_a_clock_each_domain_has_its_own_leave_one_out():
+    pair = make(PER_DOMAIN, num_items=(10, 12), has_clock=False)
+    test, val = pair.split("test"), pair.split("val")
+    assert test.users.tolist() == val.users.tolist() == [0, 0, 1, 2] and len(test) == 4
+    assert test.targets.tolist() == [4, 13, 7, 18] and val.targets.tolist() == [3, 12, 6, 17]
+    histories = [[1, 2, 3, 11, 12], [5, 6, 14], [15, 16, 17], [8, 9, 19, 20]]
+    assert [test.history(user).tolist() for user in range(4)] == histories
+    # what training sees has neither the validation nor the test event of either domain
+    histories = [[1, 2, 11], [5, 14], [15, 16], [8, 9, 19, 20]]
+    assert [val.history(user).tolist() for user in range(4)] == histories
+    assert val.lengths.tolist() == [3, 2, 2, 4] and val.history_items.tolist() == sum(histories, [])
+    assert pair.unseen_targets("val").all()
+    assert pair.in_both.tolist() == [True, True, False, True]
+    seen = make([[1, 2, 3, 4], [3, 11, 1, 2]], num_items=(10, 12), has_clock=True)
+    assert seen.unseen_targets("test").tolist() == [True, False]
+
+
+def test_candidates_without_a_clock_are_drawn_for_each_target():
+    pair = make(PER_DOMAIN, num_items=(10, 12), has_clock=False)
+    drawn = pair.candidates("test", 6)
+    assert drawn.shape == (4, 6)
+    unseen = [{5, 6, 7, 8, 9, 10}, set(range(14, 23)), {1, 2, 3, 4, 8, 9, 10}, {11, 12, 13, 14, 19, 20, 21, 22}]
+    for row, free in zip(drawn, unseen, strict=True):
+        assert len(set(row)) == 6 and set(row) <= free
+    with pytest.raises(DataError, match="user 0 has only 6 unseen items in domain a"):
+        pair.candidates("test", 7)
 
 
 def test_hash_covers_what_results_depend_on_and_nothing_else():

@@ -138,6 +138,23 @@ def test_two_files_are_matched_by_user_and_merged_by_time():
     assert sizes == (4, 4)
 
 
+def test_users_of_one_domain_are_let_in_when_asked_for():
+    a = domain({"u1": [("p", 1), ("q", 4)], "u2": [("q", 3)], **{f"a{n}": [("p", n), ("q", 9)] for n in range(20)}})
+    b = domain({"u1": [("x", 2)], **{f"b{n}": [("y", n)] for n in range(20)}})
+    events, _, has_clock = match(a, b, k_core=1, one_domain=None)
+    assert has_clock and len(events.users) == 42 and events.counts["users_in_one_domain"] == 0
+    assert [events.item_names[i - 1] for i in events.items[events.owner == 41]] == ["q"]  # u2, the last by name
+    some = [match(a, b, k_core=1, one_domain=10)[0] for _ in range(2)]
+    assert some[0].users.tolist() == some[1].users.tolist() and len(some[0].users) == 11
+    assert "u1" in some[0].users and some[0].counts["users_in_one_domain"] == 31
+    assert {user[0] for user in some[0].users} == {"u", "a", "b"}
+    least = Options(ties="published", min_per_domain=0)
+    rows = one_user([1, 2, 3, 4], [0, 1, 2, 3])
+    assert done(rows, least).num_users == 1
+    with pytest.raises(DataError, match="no user is left with 1 events in each domain"):
+        done(rows)
+
+
 def test_two_files_without_all_times_have_no_common_clock():
     a = domain({"u1": [("p", -1), ("q", -1)], "u2": [("q", -1)]})
     b = domain({"u1": [("x", 1)], "u2": [("y", 7), ("x", 8)]})
@@ -153,7 +170,7 @@ def test_two_files_without_all_times_have_no_common_clock():
         ({"ties": "random"}, "ties='random' is unknown; it may be shuffle or published"),
         ({"max_length": 3}, "max_length=3 must be a whole number of 4 or more"),
         ({"k_core": 0}, "k_core=0"),
-        ({"min_per_domain": 0}, "min_per_domain=0"),
+        ({"min_per_domain": -1}, "min_per_domain=-1"),
         ({"tie_seed": -1}, "tie_seed=-1"),
         ({"max_length": 50.0}, "max_length=50.0"),
     ],

@@ -83,10 +83,26 @@ def test_ranks_agree_with_counting(domain):
             assert rank[place] == 1 + better + equal / 2
 
 
-def test_a_pair_without_a_clock_is_refused():
-    pair = Pair("split", ("a", "b"), np.array([1, 2, 3, 4]), np.full(4, -1), np.array([0, 4]), (2, 2), False, "shuffle")
-    with pytest.raises(ValueError, match="split is a per-domain pair"):
-        yardsticks.popularity(pair, 0)
+# Without a clock, training sees 1 2 | 5 6 of user 0, 2 1 | 6 of user 1 and 3 | 5 6 of user 2.
+SPLIT_ROWS = [[1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 4, 3, 6, 5, 8], [3, 1, 2, 5, 6, 8, 7]]
+SPLIT = Pair(
+    "split", ("a", "b"), np.concatenate(SPLIT_ROWS), np.full(22, -1), np.array([0, 8, 15, 22]), (4, 4), False, "shuffle"
+)
+
+
+def test_without_a_clock_all_is_counted_inside_a_domain():
+    assert SPLIT.items[yardsticks.training_events(SPLIT)].tolist() == [1, 2, 5, 6, 2, 1, 6, 3, 5, 6]
+    assert yardsticks.popularity(SPLIT, 0)(ALL)[0].tolist() == [2, 2, 1, 0]
+    # steps 1-2, 5-6, 2-1, 5-6; the items before the test targets: 3, 4, 1 and 7, 5, 8
+    assert yardsticks.markov(SPLIT, 0)(ALL).tolist() == [[0] * 4, [0] * 4, [0, 1, 0, 0]]
+    assert yardsticks.markov(SPLIT, 1)(ALL).tolist() == [[0] * 4, [0, 2, 0, 0], [0] * 4]
+    assert yardsticks.nearest_id(SPLIT, 0, -1)(ALL)[0].tolist() == [0.5, 1, 0, 0]
+    # Targets 4, 3, 2 of A: each user has three items of A already.
+    rank, size = yardsticks.ranks(SPLIT, yardsticks.popularity(SPLIT, 0), 0)
+    assert size.tolist() == [1, 1, 2] and rank.tolist() == [1, 1, 1]
+    # Target 8 of user 0 stands alone, 8 of user 1 loses to no other than 7, 7 of user 2 likewise: 7 and 8 score zero.
+    rank, size = yardsticks.ranks(SPLIT, yardsticks.popularity(SPLIT, 1), 1)
+    assert size.tolist() == [1, 2, 1] and rank.tolist() == [1, 1.5, 1]
 
 
 @pytest.mark.parametrize("name", ["popularity", "markov", "item-knn"])

@@ -8,94 +8,22 @@ has two clocks, both indices into the user's sequence:
 - `seen`: the event it holds, the newest thing that its content depends on;
 - `slot`: the newest event that the prediction made from it may depend on (`seen <= slot`).
 
-All causal masks of the package compare these two clocks.
+All causal masks of the package compare these two clocks. Without a common clock there is no mixed stream, and each
+domain's is made on its own (`gcalib.data.clockless`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
+from gcalib.data.clockless import make_clockless_batch
+from gcalib.data.streams import Batch, Queries, Stream
 from gcalib.packing import Layout
 
-
-@dataclass(frozen=True)
-class Stream:
-    """Packed rows of one stream of a batch, user after user, oldest first.
-
-    `position` counts back from the newest slot (1); `pads` is how many pads official ABXI lets the row attend to.
-    """
-
-    items: Int[Tensor, " rows"]
-    sequence: Int[Tensor, " rows"]
-    seen: Int[Tensor, " rows"]
-    slot: Int[Tensor, " rows"]
-    position: Int[Tensor, " rows"]
-    pads: Int[Tensor, " rows"]
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Predictions asked of one domain: the mixed row and the domain's own row (-1: no item of it yet) behind each.
-
-    `last` finds the queries at users' newest slots (in evaluation, one a user); `targets` holds the item ids that
-    follow, 0 where unknown.
-    """
-
-    mixed_row: Int[Tensor, " queries"]
-    own_row: Int[Tensor, " queries"]
-    sequence: Int[Tensor, " queries"]
-    slot: Int[Tensor, " queries"]
-    targets: Int[Tensor, " queries"]
-    last: Int[Tensor, " users"]
-
-    def newest(self) -> Queries:
-        """Only the newest query of each user (evaluation, where every user has one)."""
-        rows = self.last
-        return Queries(
-            self.mixed_row[rows], self.own_row[rows], self.sequence[rows], self.slot[rows], self.targets[rows],
-            torch.arange(len(rows), device=rows.device),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch of users: the streams (mixed, A, B) and the predictions asked in A and in B.
-
-    `users` names them by their number in the pair, where that is known (in training).
-    """
-
-    size: int
-    mixed: Stream
-    own: tuple[Stream, Stream]
-    queries: tuple[Queries, Queries]
-    users: Int[Tensor, " size"] | None = None
-
-    @property
-    def rows(self) -> int:
-        """Real positions over the three streams."""
-        return sum(len(stream.items) for stream in (self.mixed, *self.own))
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return _moved(self, device)
-
-
-def _moved(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
-    return value
+__all__ = ["Batch", "Queries", "Stream", "length_batches", "make_batch"]
 
 
 def make_batch(
@@ -107,6 +35,7 @@ def make_batch(
     tails: bool = False,
     as_published: bool = False,
     users: np.ndarray | None = None,
+    clock: bool = True,
 ) -> Batch:
     """Pack sequences of item ids.
 
@@ -125,12 +54,17 @@ def make_batch(
         published form tells a row how many items of its domain are still to come.
     users
         Numbers of the users in their pair, for models that know something of a user beside the sequence.
+    clock
+        False where the order of events across the domains is unknown: `window` then holds for each domain, and
+        `tails` and `as_published` have no meaning.
 
     Raises
     ------
     ValueError
         For an empty batch, or a sequence too short: two events in training, one in evaluation.
     """
+    if not clock:
+        return make_clockless_batch(sequences, num_items_a, window=window, training=training, users=users)
     newest = window + 1 if training else window
     needed = 2 if training else 1
     lengths = np.array([min(len(sequence), newest) for sequence in sequences])

@@ -57,6 +57,7 @@ def tied_targets(pair: Pair) -> dict[str, float]:
         (`tied_larger_id`) and of A after an event of B (`tied_a_after_b`); of targets on a later day but in the
         domain of the event before, the share with a larger id (`untied_larger_id`).
     """
+    pair.require_clock("What ties tell")
     target = pair.split("test").stops
     tied = pair.times[target] == pair.times[target - 1]
     new, last = pair.items[target], pair.items[target - 1]
@@ -104,6 +105,7 @@ def later_training(pair: Pair) -> dict[str, float]:
         `training_later`, the share of training events later than a test target, averaged over targets;
         `seen_only_later`, of the targets that occur in training, the share that does so on later days only.
     """
+    pair.require_clock("How much of training is later")
     test, training = pair.split("test"), pair.split("val")
     event = np.arange(len(pair.items)) < np.repeat(training.stops, pair.lengths)
     first = np.full(1 + sum(pair.num_items), np.iinfo(np.int64).max)

@@ -10,62 +10,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
-SplitName = Literal["val", "test"]
-# Where the target stands, counted from the end of a user's sequence.
-TARGET = {"val": 2, "test": 1}
-# Two events to learn from (one to predict from, one to predict), one to validate on, one to test on.
-MIN_EVENTS = 4
-# Sampled candidates belong to the protocol, not to a run: their seed is fixed. It is the number of the paper.
-CANDIDATE_SEED = 2510_09435
-CANDIDATE_CHUNK = 1024
+from gcalib.data.candidates import draw_candidates
+from gcalib.data.errors import DataError
+from gcalib.data.split import MIN_EVENTS, TARGET, Split, SplitName, leave_one_out, streams
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one sentence that says what is wrong, where, and what would be right."""
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Leave-one-out targets of a pair and the histories they are to be predicted from.
-
-    Attributes
-    ----------
-    name
-        "val" (target: last event but one) or "test" (target: last event).
-    items
-        int64 (events,), the pair's own array: histories are views of it, nothing is copied.
-    starts, stops
-        int64 (users,): the history of user u is `items[starts[u]:stops[u]]`, all events before the target.
-    targets
-        int64 (users,), the item that follows the history.
-    """
-
-    name: SplitName
-    items: np.ndarray
-    starts: np.ndarray
-    stops: np.ndarray
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @property
-    def users(self) -> np.ndarray:
-        """int64 (users,), the user each target belongs to."""
-        return np.arange(len(self.targets))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 (users,), events in each history."""
-        return self.stops - self.starts
-
-    def history(self, user: int) -> np.ndarray:
-        """int64 (length,), a view of the events before the target of `user`, oldest first."""
-        return self.items[self.starts[user] : self.stops[user]]
+__all__ = ["MIN_EVENTS", "DataError", "Pair", "Split", "SplitName"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +39,7 @@ class Titles:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Interaction sequences of users active in two domains.
+    """Interaction sequences of users active in two domains, or (where the source has them) in one of the two.
 
     Item ids are 1..nA in domain A and nA + 1..nA + nB in domain B; 0 is free for padding.
 
@@ -133,6 +85,7 @@ class Pair:
     counts: dict[str, int] = field(default_factory=dict)
     item_names: np.ndarray | None = None
     titles: Titles | None = None
+    _splits: dict[SplitName, Split] = field(default_factory=dict, init=False, repr=False)
     _candidates: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -157,8 +110,15 @@ class Pair:
 
     @property
     def num_users(self) -> int:
-        """Users, all of them active in both domains."""
+        """Users; `in_both` tells which are active in both domains."""
         return len(self.offsets) - 1
+
+    @cached_property
+    def in_both(self) -> np.ndarray:
+        """Bool (users,), True for users with events in both domains."""
+        stream = streams(self.items, self.offsets, self.num_items[0], has_clock=False)
+        active = np.bincount(stream, minlength=2 * self.num_users) > 0
+        return active[::2] & active[1::2]
 
     @cached_property
     def num_interactions(self) -> tuple[int, int]:
@@ -218,34 +178,33 @@ class Pair:
             )
 
     def split(self, name: SplitName) -> Split:
-        """Leave-one-out split: the last event of each user is the test target, the last but one the validation target.
+        """Leave-one-out: the last event of each user is the test target, the last but one the validation target.
 
-        The histories of "val" are also all that training may see. Every user of a pair has 4 events or more.
+        Without a common clock that holds for each domain of a user (`gcalib.data.split`). The histories of "val" are
+        also all that training may see. Every user of a pair has 4 events or more.
 
         Raises
         ------
         ValueError
-            For another name, or (as `DataError`) for a pair without a common clock, in which no event is the last.
+            For another name.
         """
         if name not in TARGET:
             raise ValueError(f"There is no split {name!r}; there are val and test.")
-        self.require_clock(f"The {name} split")
-        stops = self.offsets[1:] - TARGET[name]
-        return Split(name, self.items, self.offsets[:-1], stops, self.items[stops])
+        if name not in self._splits:
+            self._splits[name] = leave_one_out(name, self.items, self.offsets, self.num_items[0], self.has_clock)
+        return self._splits[name]
 
     def unseen_targets(self, name: SplitName) -> np.ndarray:
-        """Bool (users,), True where the target occurs in no user's training history (`split("val")`).
+        """Bool (examples,), True where the target occurs in no user's training history (`split("val")`).
 
         Such an item can only be ranked by chance or by its text; 18 to 50% of the items of the real pairs occur once.
         """
-        train = self.split("val")
         seen = np.zeros(1 + sum(self.num_items), dtype=bool)
-        ends = np.cumsum(train.lengths)
-        seen[self.items[np.arange(ends[-1]) + np.repeat(train.starts - ends + train.lengths, train.lengths)]] = True
+        seen[self.split("val").history_items] = True
         return ~seen[self.split(name).targets]
 
     def candidates(self, name: SplitName, k: int) -> np.ndarray:
-        """Sampled negatives of each user's target, drawn once and kept with the pair.
+        """Sampled negatives of each example's target, drawn once and kept with the pair.
 
         Uniform without replacement among the items of the target's domain that occur nowhere in the user's
         sequence. The generator is seeded by a constant and the split, so every model and run meets the same ones.
@@ -255,12 +214,12 @@ class Pair:
         name
             "val" or "test".
         k
-            Negatives a user; with the target this makes k + 1 candidates (protocol s999 is k = 999).
+            Negatives a target; with the target this makes k + 1 candidates (protocol s999 is k = 999).
 
         Returns
         -------
         np.ndarray
-            int64 (users, k). Their order carries no meaning.
+            int64 (examples, k). Their order carries no meaning.
 
         Raises
         ------
@@ -268,52 +227,5 @@ class Pair:
             If a user has fewer than k unseen items in the domain of the target.
         """
         if (name, k) not in self._candidates:
-            self._candidates[name, k] = _draw_candidates(self, self.split(name), k)
+            self._candidates[name, k] = draw_candidates(self, self.split(name), k)
         return self._candidates[name, k]
-
-
-def _draw_candidates(pair: Pair, split: Split, k: int) -> np.ndarray:
-    """Floyd's algorithm for sampling without replacement (Bentley & Floyd, CACM 1987), for many users at once.
-
-    Each user samples k of the numbers 0..free - 1, which stand for the unseen items of the domain in ascending order.
-    """
-    if k < 1:
-        raise ValueError(f"candidates need k of 1 or more, got {k}.")
-    rng = np.random.default_rng([CANDIDATE_SEED, TARGET[split.name]])
-    domain = pair.domain_of(split.targets)
-    first = np.where(domain == 0, 1, 1 + pair.num_items[0])
-    size = np.asarray(pair.num_items)[domain]
-    owner = np.repeat(np.arange(pair.num_users), pair.lengths)
-    inside = pair.domain_of(pair.items) == domain[owner]
-    # Every user's items in the domain of the target, counted from 0, ascending; a repeated item counts once.
-    keys = np.unique(owner[inside] * (1 + sum(pair.num_items)) + (pair.items - first[owner])[inside])
-    seen_owner, seen = np.divmod(keys, 1 + sum(pair.num_items))
-    bounds = np.searchsorted(seen_owner, np.arange(pair.num_users + 1))
-    free = size - np.diff(bounds)
-    if (free < k).any():
-        user = int((free < k).argmax())
-        raise DataError(
-            f"{k} sampled candidates asked of {pair.name}, but user {user} has only {free[user]} unseen items in "
-            f"domain {pair.domains[domain[user]]}: use fewer candidates or the full ranking."
-        )
-    drawn = np.empty((pair.num_users, k), dtype=np.int64)
-    for start in range(0, pair.num_users, CANDIDATE_CHUNK):
-        rows = slice(start, start + CANDIDATE_CHUNK)
-        drawn[rows] = _floyd(rng, free[rows], k)
-    for user in range(pair.num_users):
-        # The r-th unseen item is r + the number of seen items below it.
-        gaps = seen[bounds[user] : bounds[user + 1]] - np.arange(bounds[user + 1] - bounds[user])
-        drawn[user] += np.searchsorted(gaps, drawn[user], side="right")
-    return drawn + first[:, None]
-
-
-def _floyd(rng: np.random.Generator, free: np.ndarray, k: int) -> np.ndarray:
-    """int64 (rows, k): in each row k different numbers out of 0..free[row] - 1, every subset equally likely."""
-    rows = np.arange(len(free))
-    last = free - k + np.arange(k)[:, None]  # (k, rows): step i adds one of 0..last[i], or last[i] itself
-    picks = rng.integers(0, last, endpoint=True)
-    taken = np.zeros((len(free), int(free.max())), dtype=bool)
-    for pick, new in zip(picks, last, strict=True):
-        np.copyto(pick, new, where=taken[rows, pick])
-        taken[rows, pick] = True
-    return picks.T

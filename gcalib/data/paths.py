@@ -7,7 +7,7 @@ A path is a folder that holds one of these, each file plain or gzipped (name end
     and `map_user` files are passed over. Times are unix seconds; a per-domain file, all of domain A and then all of
     domain B in every line, may hold -1 where unknown.
 -   two files of one domain each, A and B in the order of their names, of the form `reviewer_id ASIN|timestamp ...`,
-    or a ratings csv (`gcalib.data.ratings`). Users active in both are kept.
+    or a ratings csv (`gcalib.data.ratings`). Users active in both are kept, with `min_per_domain=0` all.
 
 A file `titles.json` (or `titles.json.gz`) may stand beside them, `{"item": "title", ...}`: what the items say, for
 models that read it (`gcalib.data.text`).
@@ -81,7 +81,7 @@ def stem(path: Path) -> str:
 
 def _read_two(a: Path, b: Path, name: str, options: Options, columns: str | None) -> Pair:
     parts = _read_one(a, columns), _read_one(b, columns)
-    events, sizes, has_clock = match(*parts, options.k_core)
+    events, sizes, has_clock = match(*parts, options.k_core, None if options.min_per_domain == 0 else 0)
     return finish(
         events, name=name, domains=(stem(a), stem(b)), num_items=sizes, has_clock=has_clock, options=options, raw=True,
         titles=_titles(a.parent),

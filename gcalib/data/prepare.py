@@ -6,7 +6,8 @@ The steps, in this order, with the names under which `Pair.counts` reports them:
     item the user already has. The first is kept: a next-item target that was bought before is no new interest.
 2.  `events_below_k_core` (`k_core`): within each domain, users and items with fewer than k events are dropped
     until none is left. Applied to all users of a single-domain file, before users are matched.
-3.  `users_in_one_domain` (two single-domain or ratings files): users found in only one of them.
+3.  `users_in_one_domain` (two single-domain or ratings files): users found in only one of them, who are dropped
+    unless asked for (`min_per_domain=0`).
 4.  `items_in_both_domains` (two files), with `events_of_items_in_both_domains`: an item listed in both domains would
     carry the answer across; the published pairs deleted such items. In a prepared file it is an error.
 5.  `tied_events`: events that share their time with a neighbour. `ties="shuffle"` puts them in random order.
@@ -26,6 +27,7 @@ import pandas as pd
 from gcalib.data.pair import MIN_EVENTS, DataError, Pair, Titles
 
 TIES = ("shuffle", "published")
+ONE_DOMAIN_SEED = 2410_13588  # of the sample of users active in one domain, part of the data: CDSRNP's number
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,8 @@ class Options:
     """How events become a pair: the keyword arguments of `load_pair`.
 
     `min_per_domain=None` is 3, as in the published cuts, for raw files and for pairs without a common clock, where
-    each domain has its own leave-one-out; a prepared file with a clock keeps its own minimum (1).
+    each domain has its own leave-one-out; a prepared file with a clock keeps its own minimum (1). With 0, users
+    active in one domain only are let in.
     """
 
     ties: str = "shuffle"
@@ -46,7 +49,7 @@ class Options:
         """Refuse values that would give no usable pair."""
         if self.ties not in TIES:
             raise ValueError(f"ties={self.ties!r} is unknown; it may be {' or '.join(TIES)}.")
-        for name, least in (("tie_seed", 0), ("max_length", MIN_EVENTS), ("k_core", 1), ("min_per_domain", 1)):
+        for name, least in (("tie_seed", 0), ("max_length", MIN_EVENTS), ("k_core", 1), ("min_per_domain", 0)):
             value = getattr(self, name)
             if value is None and name == "min_per_domain":
                 continue
@@ -113,12 +116,17 @@ def drop_below_k_core(events: Events, k: int, num_items_a: int) -> Events:
     return events.keep(mask, events_below_k_core=len(mask) - len(rows))
 
 
-def match(a: Events, b: Events, k_core: int) -> tuple[Events, tuple[int, int], bool]:
+def match(a: Events, b: Events, k_core: int, one_domain: int | None = 0) -> tuple[Events, tuple[int, int], bool]:
     """Steps 1 to 4 for two single-domain files: one table of the users and items of both.
 
     Users are numbered in the order of their raw ids, items of A before items of B. With all times known the two
     streams of a user are merged by time (ties: domain A first, then file order), as in the published cuts;
     otherwise each user holds all of A, then all of B.
+
+    Parameters
+    ----------
+    one_domain
+        Users found in one file only to let in beside those found in both: that many at random, or all (None).
 
     Returns
     -------
@@ -128,8 +136,12 @@ def match(a: Events, b: Events, k_core: int) -> tuple[Events, tuple[int, int], b
     parts = [drop_below_k_core(drop_repeats(part), k_core, len(part.item_names)) for part in (a, b)]
     present = [part.users[np.unique(part.owner)] for part in parts]
     users = np.intersect1d(*present)
+    others = np.setxor1d(*present)
+    if one_domain is not None and one_domain < len(others):
+        others = np.random.default_rng(ONE_DOMAIN_SEED).choice(others, one_domain, replace=False)
+    users = np.union1d(users, others)
     counts = {name: parts[0].counts.get(name, 0) + parts[1].counts.get(name, 0) for name in parts[0].counts}
-    counts["users_in_one_domain"] = sum(map(len, present)) - 2 * len(users)
+    counts["users_in_one_domain"] = len(np.union1d(*present)) - len(users)
     # An item is shared if it is listed in both files, whoever bought it there.
     shared = np.intersect1d(*(part.item_names[np.unique(part.items) - 1] for part in parts))
     counts |= {"items_in_both_domains": len(shared), "events_of_items_in_both_domains": 0}
@@ -181,7 +193,9 @@ def finish(
     stops = np.cumsum(np.bincount(stream)) if len(stream) else np.zeros(0, dtype=np.int64)
     newest = stops[stream] - np.arange(len(stream)) <= options.max_length
     events = events.keep(newest, events_beyond_max_length=np.count_nonzero(~newest))
-    least = options.min_per_domain or (3 if raw or not has_clock else 1)
+    least = options.min_per_domain
+    if least is None:
+        least = 3 if raw or not has_clock else 1
     domain = _domain(events, num_items)
     size = np.bincount(events.owner * 2 + domain, minlength=2 * len(events.users)).reshape(-1, 2)
     enough = (size.min(axis=1) >= least) & (size.sum(axis=1) >= MIN_EVENTS)

@@ -1,7 +1,7 @@
 """The published pairs: their files, the sha256 of each, and where the public originals are.
 
 All are cuts of the Amazon product data, 2014 release (R. He and J. McAuley, WWW 2016; J. McAuley et al., SIGIR 2015),
-restricted to users active in both domains.
+restricted to users active in both domains, but for the open pair, which has users of one domain beside them.
 """
 
 from __future__ import annotations
@@ -47,6 +47,20 @@ class Published:
     events: Source
     items: Source
 
+    @property
+    def files(self) -> tuple[Source, Source]:
+        """What has to be there."""
+        return self.events, self.items
+
+
+@dataclass(frozen=True)
+class Open:
+    """A pair cut from two single-domain files: all users of both domains, and a fixed sample of those of one."""
+
+    domains: tuple[str, str]
+    files: tuple[Source, Source]
+    one_domain_users: int
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -59,8 +73,9 @@ class TextSource:
 # "electronic-phone" is the per-domain file: it is the one near the size of the pair in the paper's table (3499 users
 # against 1461), and the one CDSRNP and LLM4CDSR's domain streams can be judged on. What needs one stream in time order
 # runs on "electronic-phone-ts", a cut with a common clock whose users are a biased sample (they come from
-# Beauty-Electronics). "sport-phone" is an extra pair with a common clock.
-PAIRS: dict[str, Published] = {
+# Beauty-Electronics). "sport-phone" is an extra pair with a common clock, and "sport-phone-open" the same two domains
+# with users of one domain, for whom CDSRNP was made.
+PAIRS: dict[str, Published | Open] = {
     "food-kitchen": Published(
         ("food", "kitchen"),
         Source(
@@ -142,6 +157,22 @@ PAIRS: dict[str, Published] = {
             "fbc1a2c4f0a05424e04020c8a88ea0ee29e9a714562026bef9fc26cd9f6d2fc7",
             "06df1e1a60190cb619666c1fa0bfc4b6d7793821b03a3f608d0593500730c9e2",
         ),
+    ),
+    "sport-phone-open": Open(
+        ("sport", "phone"),
+        (
+            Source(
+                "single-domain/sports_5core.txt.gz",
+                "f1d9a63a30a175607edd53af95ec90a7537a9d134386ad8d7602cda7fa6f12a1",
+                "4ca2d88d5f689b3fdfbd665419c565f25d13de618641a0660d9558362ffbe514",
+            ),
+            Source(
+                "single-domain/cell_phones_5core.txt.gz",
+                "299f8047f7cae2b394f54a303b15d43eff7712ac8a9b76bd250433a1666e7206",
+                "3294a93fbae49edaf7e8e92166da8559668719515b719d93d026320b71fa2195",
+            ),
+        ),
+        one_domain_users=10_000,
     ),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import pandas as pd
 import pooch
 import requests
 
-from gcalib.data.files import fault, read_bytes, unpack
+from gcalib.data.files import fault, read_bytes, read_text, unpack
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.paths import read_path
-from gcalib.data.prepare import Options, finish
-from gcalib.data.readers import read_prepared
-from gcalib.data.registry import PAIRS, Published, Source
+from gcalib.data.prepare import Options, finish, match
+from gcalib.data.readers import read_prepared, read_single
+from gcalib.data.registry import PAIRS, Open, Published, Source
 from gcalib.data.synthetic import parse_name, synthetic_pair
 
 
@@ -43,7 +44,8 @@ def load_pair(
     name_or_path
         "synthetic", with options if wanted ("synthetic:novelty=1.0,seed=3", see `synthetic_pair`); a published pair:
         "food-kitchen", "beauty-electronics", "cloth-sport", "electronic-phone" (both per-domain, without a common
-        clock), "electronic-phone-ts", "sport-phone"; a folder of one's own data; or two files, "a.csv + b.csv".
+        clock), "electronic-phone-ts", "sport-phone", "sport-phone-open" (with users of one domain); a folder of one's
+        own data; or two files, "a.csv + b.csv".
         The forms that files may have are described in `gcalib.data.paths`.
     ties
         Order of a user's events at equal times: "shuffle" at random, or "published", the order of the file
@@ -56,7 +58,8 @@ def load_pair(
         Events that every item, and every user in each domain, must have; 1 keeps all.
     min_per_domain
         Events that every user must have in each domain in the end; by default 3, as in the published cuts, for raw
-        files and for pairs without a common clock, else 1.
+        files and for pairs without a common clock, else 1. With 0 users active in one domain only are let in, where
+        the source has them.
     columns
         Order of the columns of ratings csv files without a header, such as "item,user,rating,timestamp", where it
         cannot be told from the data.
@@ -86,19 +89,23 @@ def load_pair(
 
 def load_published(name: str, options: Options | None = None, download: bool = True) -> Pair:
     """Load a pair of the registry, every file verified against its sha256."""
-    published = PAIRS[name]
-    (path, data), (map_path, map_data) = (
-        locate(name, source, download) for source in (published.events, published.items)
-    )
-    events, sizes, has_clock = read_prepared(path, map_path, data, map_data)
+    published, options = PAIRS[name], options or Options()
+    (path, data), (other_path, other_data) = (locate(name, source, download) for source in published.files)
+    if isinstance(published, Open):
+        a, b = read_single(path, read_text(path, data)), read_single(other_path, read_text(other_path, other_data))
+        events, sizes, has_clock = match(a, b, options.k_core, published.one_domain_users)
+        if options.min_per_domain is None:
+            options = replace(options, min_per_domain=0)
+    else:
+        events, sizes, has_clock = read_prepared(path, other_path, data, other_data)
     return finish(
         events,
         name=name,
         domains=published.domains,
         num_items=sizes,
         has_clock=has_clock,
-        options=options or Options(),
-        raw=False,
+        options=options,
+        raw=isinstance(published, Open),
     )
 
 
@@ -121,9 +128,9 @@ def locate(name: str, source: Source, download: bool = True) -> tuple[Path, byte
         return path, data
     path = cache() / source.plain_path
     if source.url is None:
-        needed = dict.fromkeys((PAIRS[name].events, PAIRS[name].items, source))
+        needed = dict.fromkeys((*PAIRS[name].files, source))
         files = (f"{file.path} (sha256 {file.sha256})" for file in needed)
-        what = name if source in (PAIRS[name].events, PAIRS[name].items) else f"The item text of {name}"
+        what = name if source in PAIRS[name].files else f"The item text of {name}"
         raise DataError(
             f"{what} has no public download: put {' and '.join(files)} into a folder and set the environment variable "
             "GCALIB_DATA to that folder."
@@ -185,7 +192,8 @@ def statistics(pair: Pair) -> dict[str, Any]:
         users; items, events and mean events a user for each domain (`_a`, `_b`); `tie_share`, the share of
         neighbouring events of a user (without a clock: and domain) with known times that fall on the same time;
         `last_tied_share`, the share of users whose last event is tied with the one before (NaN without a clock);
-        `unseen_share`, the share of users whose test target occurs in no training history (NaN without a clock);
+        `unseen_share`, the share of test targets that occur in no training history; `users_in_both`, those active in
+        both domains;
         `items_once`, items that occur once; `clock`.
     """
     owner = np.repeat(np.arange(pair.num_users), pair.lengths)
@@ -203,7 +211,8 @@ def statistics(pair: Pair) -> dict[str, Any]:
         "mean_b": pair.num_interactions[1] / pair.num_users,
         "tie_share": float(tied.sum() / neighbours.sum()) if neighbours.any() else float("nan"),
         "last_tied_share": float(last.mean()) if pair.has_clock else float("nan"),
-        "unseen_share": float(pair.unseen_targets("test").mean()) if pair.has_clock else float("nan"),
+        "unseen_share": float(pair.unseen_targets("test").mean()),
+        "users_in_both": int(pair.in_both.sum()),
         "items_once": int(np.count_nonzero(np.bincount(pair.items) == 1)),
         "clock": pair.has_clock,
     }
@@ -239,9 +248,8 @@ def report(download: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _where(published: Published) -> str:
-    folder = os.environ.get("GCALIB_DATA")
-    sources = published.events, published.items
+def _where(published: Published | Open) -> str:
+    folder, sources = os.environ.get("GCALIB_DATA"), published.files
     if folder:
         return "GCALIB_DATA" if all((Path(folder) / source.path).is_file() for source in sources) else "missing"
     return "cache" if all((cache() / source.plain_path).is_file() for source in sources) else "missing"

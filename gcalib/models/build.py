@@ -6,12 +6,14 @@ from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
+from gcalib.models.cdsrnp import CDSRNP
 from gcalib.models.counting import Counting
 from gcalib.models.llm4cdsr import LLM4CDSR
 from gcalib.models.sasrec import MixedSASRec, SASRec
 
 MODELS: dict[str, type[Recommender]] = {
     "abxi": ABXI,
+    "cdsrnp": CDSRNP,
     "llm4cdsr": LLM4CDSR,
     "sasrec": SASRec,
     "sasrec-mixed": MixedSASRec,

@@ -50,7 +50,7 @@ def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 
     users = np.argsort(training.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
     batch = make_batch(
         [training.history(user) for user in users], pair.num_items[0], window=model.window, training=True,
-        tails=model.reads_tails, as_published=model.as_published, users=users,
+        tails=model.reads_tails, as_published=model.as_published, users=users, clock=pair.has_clock,
     )  # fmt: skip
     was_training = model.training
     model.train()

@@ -11,7 +11,7 @@ nothing at all. Scores are sparse products of it with a table of counts (`gcalib
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Counting(Recommender):
     """
 
     trained = False
+    needs_clock: ClassVar = False
     num_negatives = 0
 
     def __init__(
@@ -58,17 +59,23 @@ class Counting(Recommender):
         return cls(config, pair.num_items, table, newest_only=config.model == "markov")
 
     def forward(self, batch: Batch) -> tuple[Float[Tensor, "users items"], Float[Tensor, "users items"]]:
-        """Counts of what each user is known by, the same for both domains."""
-        state = torch.zeros(batch.size, self.table.shape[0], device=batch.mixed.items.device)
-        mixed = batch.mixed
-        if self.table.shape[0] == 1:
-            state[:] = 1
-        elif self.newest_only:
-            newest = batch.queries[0].newest().mixed_row
-            state[mixed.sequence[newest], mixed.items[newest]] = 1
-        else:
-            state.index_put_((mixed.sequence, mixed.items), state.new_ones(len(mixed.items)), accumulate=True)
-        return state, state
+        """Counts of what each user is known by; without a common clock, the last item is the domain's."""
+        states = []
+        for stream, queries in zip(batch.own, batch.queries, strict=True):
+            state = torch.zeros(batch.size, self.table.shape[0], device=stream.items.device)
+            newest = queries.newest()
+            if self.table.shape[0] == 1:
+                state[:] = 1
+            elif not self.newest_only:
+                for own in batch.own:
+                    state.index_put_((own.sequence, own.items), state.new_ones(len(own.items)), accumulate=True)
+            elif len(batch.mixed.items):
+                state[newest.sequence, batch.mixed.items[newest.mixed_row]] = 1
+            else:
+                has = newest.own_row >= 0
+                state[newest.sequence[has], stream.items[newest.own_row[has]]] = 1
+            states.append(state)
+        return states[0], states[1]
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
         first, size = 1 + domain * self.num_items[0], self.num_items[domain]

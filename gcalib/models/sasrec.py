@@ -15,13 +15,15 @@ place, which makes the two comparable. Negatives are shared by a batch in both.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Stream
 from gcalib.layers import Dropout, TransformerEncoder
-from gcalib.models.base import Recommender, binary_cross_entropy, info_nce, mean_per_user, shared_logits
+from gcalib.models.base import Recommender, next_item_losses
 from gcalib.packing import spread_rows, take_rows
 
 LAYERS = 2
@@ -58,23 +60,16 @@ class _SASRec(Recommender):
         return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
-        losses = {}
-        for number, (state, queries) in enumerate(zip(self(batch), batch.queries, strict=True)):
-            mine = negatives[(negatives > self.num_items[0]) == bool(number)]
-            positive, negative = shared_logits(
-                state, queries.targets, self.item(queries.targets), mine, self.item(mine)
-            )
-            weight = mean_per_user(queries.sequence, batch.size)
-            if self.objective == "infonce":
-                loss = info_nce(positive / self.temperature, negative / self.temperature, weight)
-            else:
-                loss = binary_cross_entropy(positive, negative, weight)
-            losses["ab"[number]] = loss
-        return losses
+        return next_item_losses(
+            self(batch), batch, negatives, self.item, num_items_a=self.num_items[0], objective=self.objective,
+            temperature=self.temperature,
+        )  # fmt: skip
 
 
 class SASRec(_SASRec):
     """Single-domain SASRec, one for each domain: what is known without the other domain."""
+
+    needs_clock: ClassVar = False
 
     def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
         super().__init__(config, num_items, encoders=2)
