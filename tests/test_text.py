@@ -274,6 +274,7 @@ COVERAGE = {
     "electronic-phone": (0.0, 0.0, 100.0, 100.0),
     "electronic-phone-ts": (0.0, 0.0, 100.0, 100.0),
     "sport-phone": (100.0, 100.0, 100.0, 100.0),
+    "sport-phone-open": (100.0, 100.0, 83.1, 94.4),
 }
 
 
