@@ -71,7 +71,7 @@ def test_the_same_pair_in_other_clothes(tmp_path, change):
         file.write_text(CLOCK.rstrip("\n"))
     else:
         (folder / "map_user.json").write_text("{}")
-        (folder / "titles.json.gz").write_bytes(b"")
+        (folder / "prices.json.gz").write_bytes(b"")
         (folder / ".hidden.txt").write_text("x")
     assert load_pair(folder).sha256 == expected
 

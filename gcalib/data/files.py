@@ -143,8 +143,10 @@ def read_titles(path: Path, data: bytes | None = None) -> dict[str, str]:
     DataError
         If it is no such JSON.
     """
+    data = read_bytes(path) if data is None else data
+    data = unpack(path, data) if path.suffix == ".gz" else data
     try:
-        table = json.loads(read_text(path, data).decode())
+        table = json.loads(data.decode())
     except json.JSONDecodeError as error:
         raise fault(path, error.lineno, f'is not JSON of the form {{"item": "title"}} ({error.msg}).') from None
     except (UnicodeDecodeError, RecursionError) as error:

@@ -216,4 +216,5 @@ TEXTS: dict[str, tuple[TextSource | None, TextSource | None]] = {
     "electronic-phone": (None, _PHONE_CATEGORIES),
     "electronic-phone-ts": (None, _PHONE_CATEGORIES),
     "sport-phone": (_SPORT_KEYWORDS, _PHONE_CATEGORIES),
+    "sport-phone-open": (_SPORT_KEYWORDS, _PHONE_CATEGORIES),
 }
