@@ -25,6 +25,7 @@ TRANSFORMERS = ("cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
 READ_BY: dict[str, tuple[str, ...]] = {
     "domain_rank": ("abxi",),
     "invariant_rank": ("abxi",),
+    "negative_groups": ("abxi",),
     "as_published": ("abxi", "llm4cdsr"),
     "layers": TRANSFORMERS,
     "objective": TRANSFORMERS,
@@ -118,6 +119,9 @@ class RunConfig(BaseModel):
         "full", description="candidates of the validation MRR, summed over both domains, that picks the best epoch"
     )
     negatives: int = Field(1024, ge=2, description="negatives shared by a batch, half of them from each domain")
+    negative_groups: int = Field(
+        1, ge=1, description="ABXI: parts of a batch that have negatives of their own; the cost stays the same"
+    )
     temperature: float = Field(0.75, gt=0.0)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products in autocast")
     seed: int = Field(0, ge=0)

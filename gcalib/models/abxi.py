@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import ClassVar, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
 from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU
-from gcalib.models.base import Recommender, info_nce, mean_per_user, shared_logits
+from gcalib.models.base import Recommender, draw_negatives, info_nce, mean_per_user, shared_logits
 from gcalib.models.crossing import Crossings, of_queries, touched, untouched
 from gcalib.packing import spread_rows, take_rows
 
@@ -49,6 +50,7 @@ class ABXI(Recommender):
         self.window = config.max_length - 3  # input slots left by leave-one-out and by the shift to targets
         self.as_published = config.as_published
         self.num_negatives = config.negatives
+        self.negative_groups = config.negative_groups
         self.temperature = config.temperature
         self.gca_points = config.gca
         self.reads_tails = bool({0, 1} & set(config.gca))
@@ -132,6 +134,11 @@ class ABXI(Recommender):
     @property
     def widths(self) -> dict[str, int]:
         return {"hidden": self.ffn.inner.out_features}
+
+    def negatives(self, batch: Batch, rng: np.random.Generator) -> Int[Tensor, "*groups negatives"]:
+        """Item ids, a row for each part of the batch if there are several."""
+        drawn = [draw_negatives(rng, self.num_items, self.num_negatives) for _ in range(self.negative_groups)]
+        return torch.stack(drawn) if self.negative_groups > 1 else drawn[0]
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users."""

@@ -124,22 +124,30 @@ def shared_logits(
     states: Float[Tensor, "queries dim"],
     targets: Int[Tensor, " queries"],
     target_vectors: Float[Tensor, "queries dim"],
-    negatives: Int[Tensor, " negatives"],
-    negative_vectors: Float[Tensor, "negatives dim"],
+    negatives: Int[Tensor, "*groups negatives"],
+    negative_vectors: Float[Tensor, "*groups negatives dim"],
 ) -> tuple[Float[Tensor, " queries"], Float[Tensor, "queries negatives"]]:
     """Scores of each query's target and of negatives shared by all queries, as one matrix product.
 
-    A target drawn as a negative is no negative of its own query: its score there is minus infinity.
+    With groups, the queries are cut into as many parts of equal length, and each part has the negatives of its row. A
+    target drawn as a negative is no negative of its own query: its score there is minus infinity.
     """
     positive = (states * target_vectors).sum(dim=1)
+    if not negatives.numel():
+        return positive, states.new_zeros(len(states), 0)
+    count = negatives.size(-1)
+    groups = negatives.numel() // count
+    size = -(-len(states) // groups)
+    spare = groups * size - len(states)
+    parted = F.pad(states, (0, 0, 0, spare)).view(groups, size, -1) if groups > 1 else states
     # the softmax over a thousand negatives needs more digits than bf16 has
-    negative = (states @ negative_vectors.T).to(positive.dtype)
-    if not len(negatives):
-        return positive, negative
-    ordered, place = negatives.sort()
-    found = torch.searchsorted(ordered, targets).clamp(max=len(negatives) - 1)
-    hit = torch.nonzero(ordered[found] == targets).squeeze(1)
-    return positive, negative.index_put((hit, place[found[hit]]), negative.new_tensor(float("-inf")))
+    negative = (parted @ negative_vectors.transpose(-1, -2)).to(positive.dtype).view(-1, count)[: len(states)]
+    ordered, place = negatives.view(groups, count).sort()
+    wanted = F.pad(targets, (0, spare)).view(groups, size)
+    found = torch.searchsorted(ordered, wanted).clamp_(max=count - 1)
+    hit = (ordered.gather(1, found) == wanted).view(-1)[: len(states)].nonzero().squeeze(1)
+    column = place.gather(1, found).view(-1)[hit]
+    return positive, negative.index_put((hit, column), negative.new_tensor(float("-inf")))
 
 
 def info_nce(
