@@ -401,3 +401,18 @@ def test_users_of_one_domain_train_and_are_measured_apart() -> None:
         whole = (in_a * found["a.full_both.mrr"] + 4 * found["a.full_single.mrr"]) / (in_a + 4)
         assert found["a.full.mrr"] == pytest.approx(whole, abs=1e-12)
     assert not any("full_both" in key for key in evaluate(tiny(), PAIR, "test", protocols=("full",)))
+
+
+@pytest.mark.parametrize("name", ["cdsrnp", "abxi", "sasrec"])
+def test_a_batch_of_users_of_one_domain_has_a_loss(name: str) -> None:
+    """Nothing is asked of the other domain, whose loss is zero and whose gradients are finite."""
+    torch.manual_seed(0)
+    gca = () if name == "sasrec" else (0, 1, 2)
+    model = build_model(RunConfig(pair="tiny", model=name, dim=8, heads=2, gca=gca, max_length=20), PAIR).train()
+    batch = make_batch(
+        [np.arange(1, 6), np.arange(9, 12)], 60, window=model.window, training=True, tails=model.reads_tails
+    )
+    losses = model.loss(batch, model.negatives(batch, np.random.default_rng(0)))
+    torch.stack(list(losses.values())).sum().backward()
+    assert losses["b"] == 0 < losses["a"]
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())

@@ -105,6 +105,8 @@ class Pair:
             )
         if self.items.min() < 1 or self.items.max() > total:
             raise DataError(f"{self.name}: item ids must lie in 1..{total}.")
+        if not self.has_clock and (np.diff(streams(self.items, self.offsets, self.num_items[0], False)) < 0).any():
+            raise DataError(f"{self.name}: without a common clock each user's events must be all of A, then all of B.")
         if self.item_names is not None and len(self.item_names) != total:
             raise DataError(f"{self.name}: {len(self.item_names)} item names for {total} items.")
 

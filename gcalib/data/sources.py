@@ -99,14 +99,9 @@ def load_published(name: str, options: Options | None = None, download: bool = T
     else:
         events, sizes, has_clock = read_prepared(path, other_path, data, other_data)
     return finish(
-        events,
-        name=name,
-        domains=published.domains,
-        num_items=sizes,
-        has_clock=has_clock,
-        options=options,
+        events, name=name, domains=published.domains, num_items=sizes, has_clock=has_clock, options=options,
         raw=isinstance(published, Open),
-    )
+    )  # fmt: skip
 
 
 def locate(name: str, source: Source, download: bool = True) -> tuple[Path, bytes]:
