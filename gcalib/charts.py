@@ -147,7 +147,7 @@ def tie_share(
 
 
 def metric_with_intervals(
-    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant"
+    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant", columns: int = 0
 ) -> alt.FacetChart:
     """Means as dots with their intervals, a row a variant, a panel a domain with an axis of its own.
 
@@ -158,6 +158,8 @@ def metric_with_intervals(
         `low`, `high`; where the bounds are nan, the dot stands alone.
     metric
         What the numbers are, for the axis, such as "NDCG@10, full ranking".
+    columns
+        Panels side by side; by default all.
     """
     _check(frame, variant, "domain", "mean", "low", "high")
     axis: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
@@ -165,7 +167,7 @@ def metric_with_intervals(
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, color=GREY)
     dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))
     panels = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q")) + dots
-    faceted = _facet(panels, "domain", frame["domain"].unique())
+    faceted = _facet(panels, "domain", frame["domain"].unique(), columns)
     return _titled(faceted.resolve_scale(x="independent"), title, subtitle)
 
 
