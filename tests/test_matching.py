@@ -41,6 +41,25 @@ def test_the_twin_is_as_large_and_differs_along_its_axis_only(pair: Pair, axis: 
     assert not any("gca" in name for name, _ in build_model(asked, pair).named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("model", "axis", "allowed"),
+    [
+        ("cdsrnp", "width", {"dim", "hidden"}), ("cdsrnp", "hidden", {"hidden"}),
+        ("llm4cdsr", "width", {"dim", "hidden"}), ("llm4cdsr", "hidden", {"hidden"}),
+        ("llm4cdsr", "adapter", {"adapter"}),
+    ],
+)  # fmt: skip
+def test_the_other_models_have_twins_too(pair: Pair, model: str, axis: str, allowed: set[str]) -> None:
+    text = {"text": "hashed-words"} if model == "llm4cdsr" else {}
+    asked = config(model=model, match_axis=axis, **text)
+    match = matched(asked, pair)
+    real = parameter_counts(build_model(asked.but(match=None), pair))["params_network"]
+    twin = parameter_counts(build_model(asked, pair))["params_network"]
+    assert match.target == real and match.size == twin and abs(twin - real) <= 0.01 * real
+    differing = {name for name, value in match.config if value != getattr(asked, name)} - {"gca", "match", "match_axis"}
+    assert differing and differing <= allowed
+
+
 def test_the_twin_by_flops(pair: Pair) -> None:
     asked = config(match="flops", batch_size=16)
     match = matched(asked, pair)
@@ -64,6 +83,10 @@ def test_counting_by_hand(pair: Pair) -> None:
 def test_what_cannot_be_matched_is_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match="abxi cannot be matched along layers; its axes are width, hidden, rank"):
         matched(config(match_axis="layers"), pair)
+    with pytest.raises(ValueError, match="cdsrnp cannot be matched along layers: the nearest size is"):
+        matched(config(model="cdsrnp", match_axis="layers"), pair)
+    with pytest.raises(ValueError, match="sasrec cannot be matched: it takes no cross-attention"):
+        matched(config(model="sasrec"), pair)
 
 
 def test_flops_are_those_of_the_products(pair: Pair) -> None:

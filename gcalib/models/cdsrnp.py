@@ -103,6 +103,7 @@ class CDSRNP(Recommender):
         self.temperature = config.temperature
         self.objective = config.objective
         self.kl_weight = config.kl_weight
+        self._widths = {"hidden": config.hidden or d, "layers": config.layers or LAYERS}
         self.gca_points = config.gca
         # a user's newest row of each domain, whether or not it predicts: for cross-attention and for the triples
         self.reads_tails = bool(config.gca) or latent > 0
@@ -197,6 +198,10 @@ class CDSRNP(Recommender):
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
         nA, nB = self.num_items
         return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self._widths
 
     def facts(self) -> dict[str, Any]:
         """Size of the support set and a hash of its users."""

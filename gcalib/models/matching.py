@@ -65,9 +65,12 @@ def matched(config: RunConfig, pair: Pair) -> Match:
     Raises
     ------
     ValueError
-        If the model has no such axis (the message names those it has), or no value along it comes within 1%.
+        If the model takes no cross-attention, or has no such axis (the message names those it has), or no value along
+        it comes within 1%.
     """
-    axes = AXES[config.model]
+    axes = AXES.get(config.model)
+    if axes is None:
+        raise ValueError(f"{config.model} cannot be matched: it takes no cross-attention; {', '.join(AXES)} do.")
     if config.match_axis not in axes:
         raise ValueError(f"{config.model} cannot be matched along {config.match_axis}; its axes are {', '.join(axes)}.")
     twin = config.but(match=None, match_axis="width")
