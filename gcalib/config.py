@@ -25,7 +25,7 @@ TRANSFORMERS = ("cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
 READ_BY: dict[str, tuple[str, ...]] = {
     "domain_rank": ("abxi",),
     "invariant_rank": ("abxi",),
-    "negative_groups": ("abxi",),
+    "negative_groups": ("abxi", "cdsrnp", "sasrec", "sasrec-mixed"),
     "as_published": ("abxi", "llm4cdsr"),
     "layers": TRANSFORMERS,
     "objective": TRANSFORMERS,
@@ -120,7 +120,7 @@ class RunConfig(BaseModel):
     )
     negatives: int = Field(1024, ge=2, description="negatives shared by a batch, half of them from each domain")
     negative_groups: int = Field(
-        1, ge=1, description="ABXI: parts of a batch that have negatives of their own; the cost stays the same"
+        1, ge=1, description="parts of a batch that have negatives of their own; the products stay the same"
     )
     temperature: float = Field(0.75, gt=0.0)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products in autocast")

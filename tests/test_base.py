@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from gcalib.config import RunConfig
@@ -28,9 +29,15 @@ def test_each_part_of_a_batch_is_scored_against_its_own_negatives() -> None:
     assert int(torch.isinf(negative).sum()) == 3  # 3 in its own part, 4 and 10 in theirs; 9, 8 and 0 in others'
 
 
-def test_groups_draw_more_negatives_and_change_nothing_but_them() -> None:
+@pytest.mark.parametrize("name", ["abxi", "cdsrnp", "sasrec", "sasrec-mixed"])
+@pytest.mark.parametrize("objective", ["infonce", "published"])
+def test_groups_draw_more_negatives_and_change_nothing_but_them(name: str, objective: str) -> None:
     pair = synthetic_pair(num_users=60, num_items=(80, 90))
-    config = RunConfig(pair="synthetic", dim=8, negatives=20, negative_groups=4, batch_size=32)
+    extra = {} if name == "abxi" else {"objective": objective}  # ABXI has InfoNCE only
+    extra |= {"latent": 0} if name == "cdsrnp" else {}  # a sampled latent would differ between the two losses
+    config = RunConfig(
+        pair="synthetic", model=name, dim=8, negatives=20, negative_groups=4, batch_size=32, **extra
+    )  # fmt: skip
     trainer = Trainer(config, pair, torch.device("cpu"))
     batch = trainer.batch(np.arange(32))
     drawn = trainer.model.negatives(batch, np.random.default_rng(0))

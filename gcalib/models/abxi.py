@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import ClassVar, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
 from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU
-from gcalib.models.base import Recommender, draw_negatives, info_nce, mean_per_user, shared_logits
+from gcalib.models.base import Recommender, info_nce, mean_per_user, shared_logits
 from gcalib.models.crossing import Crossings, of_queries, touched, untouched
 from gcalib.packing import spread_rows, take_rows
 
@@ -134,11 +133,6 @@ class ABXI(Recommender):
     @property
     def widths(self) -> dict[str, int]:
         return {"hidden": self.ffn.inner.out_features}
-
-    def negatives(self, batch: Batch, rng: np.random.Generator) -> Int[Tensor, "*groups negatives"]:
-        """Item ids, a row for each part of the batch if there are several."""
-        drawn = [draw_negatives(rng, self.num_items, self.num_negatives) for _ in range(self.negative_groups)]
-        return torch.stack(drawn) if self.negative_groups > 1 else drawn[0]
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users."""

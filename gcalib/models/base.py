@@ -36,8 +36,8 @@ class Recommender(nn.Module, ABC):
         Events of a history that the model looks at, the newest ones.
     as_published, reads_tails
         Passed on to `make_batch` (as `as_published` and `tails`).
-    num_negatives
-        Negatives that a training step draws (see `negatives`).
+    num_negatives, negative_groups
+        Negatives that a training step draws for each of the groups (see `negatives`).
     """
 
     points: ClassVar[dict[int, str]] = {}
@@ -49,6 +49,7 @@ class Recommender(nn.Module, ABC):
     as_published: bool = False
     reads_tails: bool = False
     num_negatives: int
+    negative_groups: int = 1
 
     @classmethod
     def build(cls, config: RunConfig, pair: Pair) -> Self:
@@ -79,8 +80,13 @@ class Recommender(nn.Module, ABC):
         """Training losses by name, to be added up: `"a"` and `"b"` of the two domains, and what else a model has."""
 
     def negatives(self, batch: Batch, rng: np.random.Generator) -> Tensor:
-        """What `loss` gets as negatives: by default `draw_negatives`, item ids shared by the whole batch."""
-        return draw_negatives(rng, self.num_items, self.num_negatives)
+        """What `loss` gets as negatives: by default `draw_negatives`, item ids shared by the whole batch.
+
+        With several groups, a row of them for each: every part of the batch has negatives of its own. It costs no more
+        products, and many more items get a gradient at each step, which is what their tables wait for.
+        """
+        drawn = [draw_negatives(rng, self.num_items, self.num_negatives) for _ in range(self.negative_groups)]
+        return torch.stack(drawn) if self.negative_groups > 1 else drawn[0]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -210,7 +216,7 @@ def mean_per_user(sequence: Int[Tensor, " queries"], batch_size: int) -> Float[T
 def next_item_losses(
     states: tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]],
     batch: Batch,
-    negatives: Int[Tensor, " negatives"],
+    negatives: Int[Tensor, "*groups negatives"],
     item: nn.Embedding,
     *,
     num_items_a: int,
@@ -223,7 +229,8 @@ def next_item_losses(
     """
     losses = {}
     for number, (state, queries) in enumerate(zip(states, batch.queries, strict=True)):
-        mine = negatives[(negatives > num_items_a) == bool(number)]
+        # every group has as many of a domain as the next
+        mine = negatives[(negatives > num_items_a) == bool(number)].view(*negatives.shape[:-1], -1)
         positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine))
         weight = mean_per_user(queries.sequence, batch.size)
         if objective == "infonce":

@@ -100,6 +100,7 @@ class CDSRNP(Recommender):
         self.num_items = num_items
         self.window = config.max_length - 3
         self.num_negatives = config.negatives
+        self.negative_groups = config.negative_groups
         self.temperature = config.temperature
         self.objective = config.objective
         self.kl_weight = config.kl_weight

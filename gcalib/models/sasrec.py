@@ -38,6 +38,7 @@ class _SASRec(Recommender):
         self.num_items = num_items
         self.window = config.max_length - 3
         self.num_negatives = config.negatives
+        self.negative_groups = config.negative_groups
         self.temperature = config.temperature
         self.objective = config.objective
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
