@@ -11,8 +11,10 @@ from gcalib.attention import GatedCrossAttention
 from gcalib.config import Profile, RunConfig, notebook_parameters
 from gcalib.data import load_pair
 from gcalib.evaluation import score
-from gcalib.experiments import load_curves, load_results, run, run_grid
+from gcalib.experiments import run
+from gcalib.grid import run_grid
 from gcalib.models import build_model
+from gcalib.store import load_curves, load_results
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m gcalib pairs | run | notebooks | results | bench`."""
+"""The command line: `python -m gcalib pairs | run | grid | notebooks | results | compact | bench`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,46 @@ def run(
 
 
 @app.command()
+def grid(
+    profile: Annotated[str, typer.Option(help="a profile of params/ that has a grid, by name or file")],
+    workers: Annotated[int | None, typer.Option(help="processes that share the cores; default the profile's")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for a cluster (RAY_ADDRESS)")] = "local",
+    cpus: Annotated[float, typer.Option(help="ray: cores that a run needs")] = 1,
+    gpus: Annotated[float, typer.Option(help="ray: GPUs that a run needs, such as 0.25")] = 0,
+    gather: Annotated[bool, typer.Option(help="ray: the nodes do not see the store; bring records here")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, run nothing")] = False,
+) -> None:
+    """Run the grid of a profile: what is stored is not run again, what was interrupted goes on."""
+    from gcalib.config import Profile
+    from gcalib.estimates import estimate
+    from gcalib.grid import Interrupted, finished, run_grid
+    from gcalib.store import RunStore
+
+    asked = Profile.load(Path(profile).stem)
+    configs = asked.grid_configs()
+    if not configs:
+        raise ValueError(f"The profile {asked.profile} has no grid.")
+    workers = workers or asked.workers
+    missing = [c for c, name in zip(configs, finished(configs, asked.store), strict=True) if name is None]
+    plan = estimate(missing, RunStore(asked.store).frame())
+    hours = plan["seconds"].sum() / 3600
+    guessed = f", {int((plan['learned_from'] == 0).sum())} of them guessed" if (plan["learned_from"] == 0).any() else ""
+    typer.echo(
+        f"{len(configs)} runs, {len(configs) - len(missing)} of them stored. The other {len(missing)} need about "
+        f"{hours:.1f} hours of one process{guessed}, {hours / workers:.1f} hours with {workers}, and up to "
+        f"{plan['bytes'].max() / 1e9 if len(plan) else 0:.1f} GB each."
+    )
+    if not dry_run:
+        extra = {"cpus": cpus, "gpus": gpus, "gather": gather} if engine == "ray" else {}
+        try:
+            run_grid(configs, asked.store, engine=engine, workers=workers, device=device, **extra)  # type: ignore[arg-type]
+        except Interrupted as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(130) from None
+
+
+@app.command()
 def notebooks(
     names: Annotated[list[str] | None, typer.Argument(help="beginnings of file names, such as 00; default all")] = None,
     profile: Annotated[str, typer.Option(help="a profile of params/, by name or file")] = "smoke",
@@ -88,17 +128,26 @@ def notebooks(
 
 @app.command()
 def results(store: Annotated[str, typer.Option(help="folder of the run store")] = "results") -> None:
-    """Print the finished runs of a store, a line each."""
-    from gcalib.experiments import load_results
+    """Print the finished runs of a store, a line each; a stale one says what has changed since."""
+    from gcalib.store import load_results
 
-    frame = load_results(store)
+    frame = load_results(store, stale=True)
     if frame.empty:
         typer.echo(f"{store} holds no finished run")
         return
-    wanted = ["pair", "model", "gca", "gate", "heads", "dim", "ties", "precision", "seed", "epochs_trained"]
+    marks = ["stale"] if frame["stale"].any() else []
+    wanted = marks + ["pair", "model", "gca", "gate", "heads", "dim", "ties", "precision", "seed", "epochs_trained"]
     figures = [f"test.{d}.{p}.ndcg@10" for p in ("full", "s999") for d in "ab"]
     shown = frame.set_index("run_id")[[c for c in wanted + figures if c in frame]].sort_values(["pair", "gca", "seed"])
     typer.echo(shown.to_string(float_format="{:.4f}".format))
+
+
+@app.command()
+def compact(store: Annotated[str, typer.Option(help="folder of the run store")] = "results") -> None:
+    """Merge the records of a store into one file, and the curves: quicker to read, and one line for pandas."""
+    from gcalib.store import RunStore
+
+    typer.echo(f"{store}: {RunStore(store).compact()} runs in one file")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -117,7 +166,7 @@ def main() -> None:
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         typer.echo(" ".join(str(error).split()), err=True)
         sys.exit(2)
 

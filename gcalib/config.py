@@ -197,11 +197,23 @@ class Rule(BaseModel):
     settings: dict[str, Any] = Field(description="RunConfig fields")
 
 
+class Block(BaseModel):
+    """A part of a profile's grid: every model on every pair in every variant with every seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[ModelName, ...] = Field(("abxi",), min_length=1)
+    pairs: tuple[str, ...] = Field((), description="without any, the profile's pair")
+    variants: tuple[dict[str, Any], ...] = Field(({},), min_length=1, description="RunConfig fields, a run each")
+    seeds: tuple[int, ...] = Field((), description="without any, the profile's seeds")
+
+
 class Profile(BaseModel):
     """What the notebooks run: one YAML file in `params/`, whose keys are the notebooks' parameters.
 
     `settings` holds `RunConfig` fields shared by every run of the profile, `rules` those of some models or pairs
-    (a later rule wins over an earlier one); a notebook adds its own on top.
+    (a later rule wins over an earlier one); a notebook adds its own on top. `grid` lists runs for
+    `python -m gcalib grid`, which a notebook may ask for as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -213,6 +225,7 @@ class Profile(BaseModel):
     workers: int = Field(1, ge=1, description="processes that share the machine's cores")
     settings: dict[str, Any] = Field(default_factory=dict, description="RunConfig fields")
     rules: tuple[Rule, ...] = Field((), description="RunConfig fields of some models or pairs")
+    grid: tuple[Block, ...] = Field((), description="runs of `python -m gcalib grid`")
 
     @model_validator(mode="after")
     def _settings_are_valid(self) -> Self:
@@ -224,6 +237,7 @@ class Profile(BaseModel):
             self.config()
             for rule in self.rules:
                 self.config(pair=rule.pair or self.pair, **({"model": rule.model} if rule.model else {}))
+            self.grid_configs()
         except ValidationError as error:
             allowed = ", ".join(name for name in RunConfig.model_fields if name not in ("pair", "seed"))
             raise ValueError(f"{_faults(error)}; settings may hold {allowed}") from None
@@ -242,6 +256,18 @@ class Profile(BaseModel):
     def configs(self, *variants: Mapping[str, Any]) -> list[RunConfig]:
         """One config for each variant and seed, in that order."""
         return [self.config(**{**variant, "seed": seed}) for variant in variants for seed in self.seeds]
+
+    def grid_configs(self) -> list[RunConfig]:
+        """The configs of the grid in order, none twice."""
+        found = [
+            self.config(**{**variant, "model": model, "pair": pair, "seed": seed})
+            for block in self.grid
+            for pair in block.pairs or (self.pair,)
+            for model in block.models
+            for variant in block.variants
+            for seed in block.seeds or self.seeds
+        ]
+        return list(dict.fromkeys(config.canonical() for config in found))
 
     @classmethod
     def load(cls, name: str, folder: Path | None = None, **overrides: Any) -> Profile:

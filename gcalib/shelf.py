@@ -30,7 +30,8 @@ import papermill
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from gcalib.experiments import RunStore, record_sha256
+from gcalib.records import record_sha256
+from gcalib.store import RunStore
 
 log = logging.getLogger("gcalib")
 FOLDER = Path("notebooks")

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -190,8 +191,15 @@ def _fit(
     trainer = Trainer(config, pair, device)
     state, best_model = _State(), copy.deepcopy(trainer.model.state_dict())
     if checkpoint is not None and checkpoint.exists():
-        state, best_model = _restore(checkpoint, trainer)
-        log.info("%s: resumed after epoch %d", checkpoint.stem, state.epoch)
+        try:
+            content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
+            aside = checkpoint.with_suffix(".damaged")
+            os.replace(checkpoint, aside)
+            log.warning("The checkpoint could not be read and is now %s; the run starts anew (%s).", aside, error)
+        else:
+            state, best_model = _restore(content, checkpoint, trainer)
+            log.info("%s: resumed after epoch %d", checkpoint.stem, state.epoch)
     started, saved, save_cost = time.perf_counter() - state.seconds, -math.inf, 0.0
     protocols = tuple({"full", config.select})
 
@@ -261,20 +269,19 @@ def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Ten
         "sampler": trainer.rng.bit_generator.state,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
     try:
         torch.save(content, temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
+        log.warning("%s could not be written (%s): the run goes on without it.", path, error)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _restore(path: Path, trainer: Trainer) -> tuple[_State, dict[str, Tensor]]:
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"The checkpoint {path} cannot be read ({error}): delete it to start the run anew.") from error
-    if content["config"] != trainer.config.model_dump(mode="json") or content["data_sha256"] != trainer.pair.sha256:
+def _restore(content: dict[str, Any], path: Path, trainer: Trainer) -> tuple[_State, dict[str, Tensor]]:
+    # by its fields, not by its text: it may be older than one of them, which then had its default
+    if RunConfig(**content["config"]) != trainer.config or content["data_sha256"] != trainer.pair.sha256:
         raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one anew.")
     trainer.model.load_state_dict(content["model"])
     trainer.optimizer.load_state_dict(content["optimizer"])

@@ -13,16 +13,10 @@ import pytest
 import gcalib.experiments
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
-from gcalib.experiments import (
-    RESULTS_VERSION,
-    GridError,
-    RunStore,
-    load_curves,
-    load_results,
-    record_sha256,
-    run,
-    run_grid,
-)  # fmt: skip
+from gcalib.experiments import run
+from gcalib.grid import GridError, run_grid
+from gcalib.records import RESULTS_VERSION, record_sha256
+from gcalib.store import RunStore, load_curves, load_results
 
 TINY = "synthetic:num_users=120,items_a=110,items_b=115"
 GOLDEN = Path(__file__).parent / "fixtures" / "golden_run.json"

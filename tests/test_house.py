@@ -26,6 +26,8 @@ PINS = dict(
 # From the ground up: a file may import those in earlier rows, and those of its own.
 FLOORS = [
     ["config", "packing"],
+    ["records"],
+    ["store"],
     ["data"],
     ["ranking", "alignment"],
     ["yardsticks"],
@@ -35,6 +37,9 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["experiments"],
+    ["estimates"],
+    ["cluster"],
+    ["grid"],
     ["rendering", "stats", "shelf"],
     ["diagrams"],
     ["charts"],

@@ -18,9 +18,11 @@ from gcalib.data import load_pair
 from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.evaluation import evaluate, score
-from gcalib.experiments import CIRCUMSTANCES, RunStore, load_curves, load_results, run
+from gcalib.experiments import run
 from gcalib.models import build_model
 from gcalib.models.base import draw_negatives
+from gcalib.records import CIRCUMSTANCES
+from gcalib.store import RunStore, load_curves, load_results
 from gcalib.training import DivergedError, Trainer, fit, learning_rate
 
 TINY = "synthetic:num_users=150,items_a=120,items_b=130"
@@ -107,14 +109,40 @@ def test_a_killed_run_ends_in_the_same_record(tmp_path: Path) -> None:
     assert [path.name for path in store.folder.rglob("*") if path.is_file()] == [f"{alone['run_id']}.parquet"] * 2
 
 
-def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(pair: Pair, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_set_aside(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = tmp_path / "run.pt"
     fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
     with pytest.raises(ValueError, match="belongs to another run"):
         fit(tiny_config(epochs=1, seed=5), pair, device="cpu", checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"run\.pt cannot be read"):
-        fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
+    fresh = fit(tiny_config(epochs=1), pair, device="cpu")
+    with caplog.at_level("WARNING"):
+        again = fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
+    assert again.curves == fresh.curves and "could not be read and is now" in caplog.text
+    assert (tmp_path / "run.damaged").stat().st_size == 1000 and checkpoint.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_run(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with caplog.at_level("WARNING"):
+        done = fit(tiny_config(epochs=2), pair, device="cpu", checkpoint=tmp_path / "run.pt")
+    assert len(done.curves) == 3 and "No space left on device" in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_older_than_a_field_still_counts(pair: Pair, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
+    content = torch.load(checkpoint, weights_only=True)
+    del content["config"]["negative_groups"]
+    torch.save(content, checkpoint)
+    assert len(fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint).curves) == 2
 
 
 def test_a_diverged_run_is_reported_and_not_recorded(tmp_path: Path) -> None:

@@ -1,0 +1,275 @@
+"""Many runs: over the cores of this machine, or over a cluster (`gcalib.cluster`)."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from tqdm import tqdm
+
+from gcalib.config import RunConfig, run_id
+from gcalib.data.pair import DataError
+from gcalib.estimates import estimate
+from gcalib.experiments import pair_of, run
+from gcalib.records import RESULTS_VERSION, trace
+from gcalib.store import RunStore
+
+log = logging.getLogger("gcalib")
+ATTEMPTS = 2  # of a run whose process dies: memory may have been short by chance, but not twice
+
+Outcome = str | BaseException
+"""The id of a finished run, or why there is none."""
+
+
+class GridError(RuntimeError):
+    """Some runs of a grid failed; the others are stored. `failures` maps each failed config to its error."""
+
+    def __init__(self, failures: dict[RunConfig, BaseException]) -> None:
+        self.failures = failures
+        lines = (f"{config.model_dump(exclude_defaults=True)}: {error}" for config, error in failures.items())
+        super().__init__(f"{len(failures)} run(s) failed, the others are stored. " + " | ".join(lines))
+
+
+class Interrupted(KeyboardInterrupt):
+    """`Ctrl-C` during a grid."""
+
+    def __init__(self) -> None:
+        super().__init__("Interrupted: what was finished is stored, what was running resumes from its last checkpoint.")
+
+
+def run_grid(
+    configs: Iterable[RunConfig],
+    store: str | Path = "results",
+    *,
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    device: str = "auto",
+    **cluster: Any,
+) -> pd.DataFrame:
+    """Run every config that the store does not hold; return all their records, one row each, in the order given.
+
+    The runs that will take longest start first. One that fails, or whose process is killed twice, stops no other.
+
+    Parameters
+    ----------
+    engine
+        `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install 'gcalib[cluster]'`).
+    workers
+        Local processes; they share the machine's cores evenly.
+    cluster
+        With `engine="ray"` only, see `gcalib.cluster.outcomes`: `cpus` and `gpus` (fractions are allowed) that a run
+        needs, `gather`, `address`.
+
+    Raises
+    ------
+    GridError
+        After all other runs have finished, if some failed.
+    Interrupted
+        On `Ctrl-C`.
+    ValueError
+        For an unknown engine or an argument it does not take.
+    """
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine={engine!r} is unknown; the engines are local and ray.")
+    if engine == "local" and cluster:
+        raise ValueError(f"{', '.join(sorted(cluster))}: read by engine='ray' only.")
+    asked = [config.canonical() for config in configs]
+    unique = list(dict.fromkeys(asked))
+    runs = RunStore(store)
+    names = dict(zip(unique, finished(unique, store), strict=True))
+    waiting = [config for config in unique if names[config] is None]
+    failures: dict[RunConfig, BaseException] = {}
+    if waiting:
+        seconds = estimate(waiting, runs.frame())["seconds"].clip(lower=0.1)
+        longest_first = seconds.sort_values(ascending=False, kind="stable").index
+        expected = {waiting[place]: seconds[place] for place in longest_first}
+        if engine == "ray":
+            from gcalib import cluster as ray_cluster
+
+            outcomes = ray_cluster.outcomes(list(expected), store, device=device, **cluster)
+        else:
+            outcomes = _alone(list(expected), store, device) if workers == 1 or len(waiting) == 1 else (
+                _shared(list(expected), store, workers, device)
+            )  # fmt: skip
+        for config, outcome in _shown(outcomes, expected):
+            if isinstance(outcome, BaseException):
+                failures[config] = outcome
+                log.error("%s failed: %s", config.model_dump(exclude_defaults=True), outcome)
+            else:
+                names[config] = outcome
+    if failures:
+        raise GridError(failures)
+    frame = runs.frame([str(names[config]) for config in asked])
+    trace({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
+    return frame
+
+
+def finished(configs: Iterable[RunConfig], store: str | Path) -> list[str | None]:
+    """For each config the id of its finished run, or None."""
+    runs = RunStore(store)
+    there = set(runs.names())
+    found: list[str | None] = []
+    for config in configs:
+        try:
+            name = run_id(config, pair_of(config).sha256, RESULTS_VERSION)
+            found.append(name if name in there else None)
+        except DataError:
+            record = runs.find(config)
+            found.append(None if record is None else record["run_id"])
+    return found
+
+
+def _shown(
+    outcomes: Iterator[tuple[RunConfig, Outcome]], expected: dict[RunConfig, float]
+) -> Iterator[tuple[RunConfig, Outcome]]:
+    """Pass outcomes on, with a bar that weighs each run by the time it was expected to take."""
+    total, done, failed = sum(expected.values()), 0, 0
+    bar = tqdm(
+        total=total, disable=not sys.stderr.isatty() or len(expected) == 1,
+        bar_format="{percentage:3.0f}%|{bar}| {postfix}, {elapsed} passed, {remaining} left",
+    )  # fmt: skip
+    with bar:
+        bar.set_postfix_str(f"0 of {len(expected)} runs")
+        for config, outcome in outcomes:
+            done, failed = done + 1, failed + isinstance(outcome, BaseException)
+            bar.set_postfix_str(f"{done} of {len(expected)} runs" + (f", {failed} failed" if failed else ""))
+            bar.update(expected[config])
+            yield config, outcome
+
+
+def _alone(configs: list[RunConfig], store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
+    for config in configs:
+        try:
+            yield config, run(config, store, device=device)["run_id"]
+        except KeyboardInterrupt:
+            raise Interrupted from None
+        except Exception as error:
+            yield config, error
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    config: RunConfig | None = None
+
+
+@dataclass
+class _Pool:
+    """Processes that run configs one after the other, replaced when they die."""
+
+    store: str | Path
+    device: str
+    threads: int
+    workers: list[_Worker] = field(default_factory=list)
+
+    def start(self) -> _Worker:
+        # A fresh interpreter: a forked torch keeps a thread pool that no longer exists.
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        arguments = (theirs, str(self.store), self.device, self.threads)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        with _environment(OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads)):
+            process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self.workers.append(_Worker(process, mine))
+        return self.workers[-1]
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.pipe.close()
+            if worker.config is not None:
+                worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
+    """What a worker does until its pipe ends: run a config, say how it went."""
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            config = RunConfig(**pipe.recv())
+        except EOFError:
+            return
+        try:
+            outcome: Outcome = run(config, store, device=device)["run_id"]
+        except Exception as error:
+            try:
+                pipe.send(error)
+            except Exception:  # one that cannot be sent is sent as what it says
+                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        else:
+            pipe.send(outcome)
+
+
+def _shared(
+    configs: list[RunConfig], store: str | Path, workers: int, device: str
+) -> Iterator[tuple[RunConfig, Outcome]]:
+    """Hand out configs in order; a run whose process dies is tried again, once."""
+    todo, deaths = deque(configs), dict.fromkeys(configs, 0)
+    pool = _Pool(store, device, max(1, (os.cpu_count() or 1) // workers))
+    try:
+        for _ in range(min(workers, len(configs))):
+            pool.start()
+        while todo or any(worker.config for worker in pool.workers):
+            for worker in pool.workers:
+                if worker.config is None and todo:
+                    worker.config = todo.popleft()
+                    worker.pipe.send(worker.config.model_dump())
+            busy = {worker.pipe: worker for worker in pool.workers if worker.config}
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                worker = busy[pipe]  # type: ignore[index]
+                config, worker.config = worker.config, None
+                assert config is not None
+                try:
+                    yield config, worker.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    worker.process.join()
+                    pool.workers.remove(worker)
+                    deaths[config] += 1
+                    if deaths[config] < ATTEMPTS:
+                        log.warning("A worker died (exit code %s); its run starts again.", worker.process.exitcode)
+                        todo.append(config)
+                    else:
+                        code = worker.process.exitcode
+                        yield config, RuntimeError(
+                            f"the process that ran it died {ATTEMPTS} times, last with exit code {code}; "
+                            "-9 is often the system's answer to too little memory"
+                        )
+                    if todo:
+                        pool.start()
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    finally:
+        pool.stop()
