@@ -92,9 +92,9 @@ def run_grid(
     waiting = [config for config in unique if names[config] is None]
     failures: dict[RunConfig, BaseException] = {}
     if waiting:
-        seconds = estimate(waiting, runs.frame())["seconds"].clip(lower=0.1)
+        seconds = estimate(waiting, runs.frame())["seconds"]
         longest_first = seconds.sort_values(ascending=False, kind="stable").index
-        expected = {waiting[place]: seconds[place] for place in longest_first}
+        expected = {waiting[place]: max(0.1, seconds[place]) for place in longest_first}
         if engine == "ray":
             from gcalib import cluster as ray_cluster
 
@@ -216,6 +216,7 @@ def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what Python holds is given back
     torch.set_num_threads(threads)
     while True:
         try:
@@ -263,9 +264,12 @@ def _shared(
                         todo.append(config)
                     else:
                         code = worker.process.exitcode
-                        yield config, RuntimeError(
-                            f"the process that ran it died {ATTEMPTS} times, last with exit code {code}; "
-                            "-9 is often the system's answer to too little memory"
+                        yield (
+                            config,
+                            RuntimeError(
+                                f"the process that ran it died {ATTEMPTS} times, last with exit code {code}; "
+                                "-9 is often the system's answer to too little memory"
+                            ),
                         )
                     if todo:
                         pool.start()

@@ -14,7 +14,7 @@ import gcalib.experiments
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
 from gcalib.experiments import run
-from gcalib.grid import GridError, run_grid
+from gcalib.grid import run_grid
 from gcalib.records import RESULTS_VERSION, record_sha256
 from gcalib.store import RunStore, load_curves, load_results
 
@@ -122,26 +122,6 @@ def test_two_processes_on_one_store_lose_and_repeat_nothing(tmp_path: Path) -> N
     }
     left = {path.suffix for path in shared.rglob("*") if path.is_file()}
     assert left <= {".parquet", ".lock"} and not list((shared / "locks").iterdir())
-
-
-def test_run_grid_with_workers_equals_one_worker_and_reports_failures(tmp_path: Path) -> None:
-    configs = [tiny_config(), tiny_config(seed=1)]
-    bad = tiny_config(select="s999", seed=7)
-    with pytest.raises(GridError, match="1 run.s. failed.*select='s999' needs more items") as failed:
-        run_grid([*configs, bad], tmp_path / "two", workers=2)
-    assert list(failed.value.failures) == [bad]
-    two, one = run_grid(configs, tmp_path / "two"), run_grid(configs, tmp_path / "one")
-    assert [record_sha256(r) for r in two.to_dict("records")] == [record_sha256(r) for r in one.to_dict("records")]
-    with pytest.raises(ValueError, match="engine='slurm' is unknown"):
-        run_grid(configs, tmp_path / "one", engine="slurm")
-
-
-def test_an_unreadable_record_is_named(tmp_path: Path) -> None:
-    record = run(tiny_config(), tmp_path)
-    path = RunStore(tmp_path).record_path(record["run_id"])
-    path.write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match=f"{record['run_id']}.parquet is not a readable record"):
-        load_results(tmp_path)
 
 
 def test_frames_of_an_empty_store_are_empty(tmp_path: Path) -> None:

@@ -1,0 +1,255 @@
+"""Grids: order, workers that die, Ctrl-C, kills at random moments, estimates, a Ray cluster that loses a node."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import gcalib.grid
+from gcalib.config import RunConfig
+from gcalib.estimates import estimate
+from gcalib.grid import GridError, finished, run_grid
+from gcalib.records import record_sha256
+from gcalib.store import RunStore, load_results
+
+TINY = "synthetic:num_users=60,items_a=60,items_b=60"
+SEED = 20260
+
+
+def tiny_config(**changes: object) -> RunConfig:
+    return RunConfig(**{"pair": TINY, "dim": 8, "heads": 2, "epochs": 2, "batch_size": 32, **changes})
+
+
+def hashes(store: Path) -> list[str]:
+    return sorted(record_sha256(row) for row in load_results(store).to_dict("records"))
+
+
+def hidden(store: Path) -> list[Path]:
+    return [path for path in store.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six runs, one after the other."""
+    store = tmp_path_factory.mktemp("serial")
+    run_grid([tiny_config(seed=seed, gca=gca) for gca in ((), (0,)) for seed in range(3)], store)
+    return store
+
+
+def test_workers_end_where_one_process_does_and_failures_stop_no_other(serial: Path, tmp_path: Path) -> None:
+    configs = [tiny_config(seed=seed, gca=gca) for gca in ((), (0,)) for seed in range(3)]
+    bad = tiny_config(select="s999", seed=7)
+    with pytest.raises(GridError, match="1 run.s. failed.*select='s999' needs more items") as failed:
+        run_grid([bad, *configs], tmp_path, workers=2)
+    assert list(failed.value.failures) == [bad.canonical()] and hashes(tmp_path) == hashes(serial)
+    assert run_grid(configs, tmp_path)["seed"].tolist() == [0, 1, 2] * 2  # in the order given
+
+
+def test_the_longest_runs_start_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    order: list[int] = []
+
+    def note(config: RunConfig, store: Path, **_: object) -> dict[str, str]:
+        order.append(config.dim)
+        raise ValueError("not needed")
+
+    monkeypatch.setattr(gcalib.grid, "run", note)
+    with pytest.raises(GridError, match="3 run"):
+        run_grid([tiny_config(dim=8), tiny_config(dim=32), tiny_config(dim=16)], tmp_path)
+    assert order == [32, 16, 8]
+
+
+def _killer(times: int, stop: threading.Event) -> None:
+    """Kill that many worker processes, each as soon as it is seen."""
+    while times and not stop.is_set():
+        for child in multiprocessing.active_children():
+            if times and child.pid and child.is_alive():
+                time.sleep(0.3)
+                os.kill(child.pid, signal.SIGKILL)
+                child.join()
+                times -= 1
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("kills", "ends"), [(1, "stored"), (50, "failed")])
+def test_a_worker_that_is_killed_costs_its_own_run_one_try(
+    serial: Path, tmp_path: Path, kills: int, ends: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    configs = [tiny_config(seed=seed) for seed in (0, 1)]
+    stop = threading.Event()
+    thread = threading.Thread(target=_killer, args=(kills, stop))
+    thread.start()
+    try:
+        if ends == "stored":
+            frame = run_grid(configs, tmp_path, workers=2)
+            assert {record_sha256(row) for row in frame.to_dict("records")} < set(hashes(serial))
+            assert "A worker died (exit code -9)" in caplog.text
+        else:
+            with pytest.raises(GridError, match="2 run.s. failed.*died 2 times, last with exit code -9"):
+                run_grid(configs, tmp_path, workers=2)
+    finally:
+        stop.set()
+        thread.join()
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a profile whose grid are the six runs of `serial`."""
+    (tmp_path / "params").mkdir()
+    content = {
+        "pair": TINY, "seeds": [0, 1, 2],
+        "settings": {"dim": 8, "heads": 2, "epochs": 2, "batch_size": 32},
+        "grid": [{"variants": [{}, {"gca": [0]}]}],
+    }  # fmt: skip
+    (tmp_path / "params" / "six.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "gcalib", *arguments]
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_ctrl_c_leaves_what_is_finished_and_no_process(serial: Path, project: Path) -> None:
+    process = subprocess.Popen(
+        command("grid", "--profile", "six", "--workers", "2"), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not RunStore(project / "results").names() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines() == [
+        "Interrupted: what was finished is stored, what was running resumes from its last checkpoint."
+    ]
+    for _ in range(100):  # Python's own resource tracker ends a moment after its parent
+        if not alive(process.pid):
+            break
+        time.sleep(0.05)
+    assert not alive(process.pid)
+    assert 0 < len(RunStore(project / "results").names()) < 6
+    done = subprocess.run(command("grid", "--profile", "six"), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("6 runs, ") and hashes(project / "results") == hashes(serial)
+
+
+def test_kills_at_random_moments_change_no_record(serial: Path, project: Path) -> None:
+    """The whole group of processes dies eight times; `benchmarks/grid.py` does it a hundred times."""
+    rng = random.Random(SEED)
+    for _ in range(8):
+        process = subprocess.Popen(
+            command("grid", "--profile", "six", "--workers", "2"), start_new_session=True,
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(2.0, 7.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    while alive(process.pid):
+        time.sleep(0.05)
+    subprocess.run(command("grid", "--profile", "six"), capture_output=True, check=True)
+    store = project / "results"
+    assert hashes(store) == hashes(serial) and not hidden(store)
+    assert not list((store / "checkpoints").iterdir()) and not list((store / "locks").iterdir())
+
+
+def test_a_dry_run_says_what_is_left_and_runs_nothing(project: Path) -> None:
+    def said(*more: str) -> str:
+        return subprocess.run(
+            command("grid", "--profile", "six", *more), capture_output=True, text=True, check=True
+        ).stdout  # fmt: skip
+
+    text = said("--dry-run", "--workers", "2")
+    assert text.startswith(
+        "6 runs, 0 of them stored. The other 6 need about 0.0 hours of one process, 6 of them guessed"
+    )
+    assert not (project / "results").exists()
+    run_grid([tiny_config(seed=1)], project / "results")
+    assert said("--dry-run").startswith(
+        "6 runs, 1 of them stored. The other 5 need about 0.0 hours of one process, 0.0"
+    )
+    told = subprocess.run(command("grid", "--profile", "seven"), capture_output=True, text=True, check=False)
+    assert told.returncode == 2 and told.stderr == "There is no profile 'seven' in params; there are six.\n"
+
+
+def test_estimates_learn_from_stored_runs(serial: Path) -> None:
+    stored = RunStore(serial).frame()
+    guessed = estimate([tiny_config()], stored.iloc[:0])
+    learned = estimate([tiny_config(), tiny_config(dim=16), tiny_config(epochs=4)], stored)
+    assert guessed["learned_from"].tolist() == [0] and learned["learned_from"].tolist() == [6] * 3
+    plain = stored[stored["gca"] == ()]["seconds"].median()
+    assert learned["seconds"][0] == pytest.approx(plain, rel=0.9)  # from runs with cross-attention, too
+    assert learned["seconds"][1] > learned["seconds"][0] and learned["seconds"][2] == 2 * learned["seconds"][0]
+    assert (learned["bytes"] > 0.5e9).all()
+
+
+def test_without_the_data_stored_runs_are_found(serial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise gcalib.grid.DataError("no such file")
+
+    configs = [tiny_config(seed=1), tiny_config(seed=9)]
+    there = finished(configs, serial)
+    monkeypatch.setattr(gcalib.experiments, "_pair", missing)
+    assert finished(configs, serial) == there and there[0] is not None and there[1] is None
+    assert run_grid(configs[:1], serial)["run_id"].tolist() == there[:1]
+    with pytest.raises(GridError, match="no such file"):
+        run_grid(configs, serial)
+
+
+def test_arguments_of_the_other_engine_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="engine='slurm' is unknown; the engines are local and ray"):
+        run_grid([tiny_config()], tmp_path, engine="slurm")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gpus: read by engine='ray' only"):
+        run_grid([tiny_config()], tmp_path, gpus=1)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_ray_cluster_that_loses_a_node_loses_no_run(serial: Path, tmp_path: Path, gather: bool) -> None:
+    """Two nodes on this machine, one killed once the first record is there: nothing is missing, nothing is twice."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    node = cluster.add_node(**small)
+    configs = [tiny_config(seed=seed, gca=gca) for gca in ((), (0,)) for seed in range(3)]
+
+    def kill() -> None:
+        while not RunStore(tmp_path).names():
+            time.sleep(0.01)
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        frame = run_grid(configs, tmp_path, engine="ray", address=cluster.address, cpus=1, gather=gather, device="cpu")
+    finally:
+        thread.join()
+        ray.shutdown()
+        cluster.shutdown()
+    assert not node.any_processes_alive()
+    assert hashes(tmp_path) == hashes(serial) and frame["run_id"].is_unique and len(frame) == 6
+    assert not hidden(tmp_path)
+
+
+def test_a_missing_ray_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"engine='ray' needs Ray: pip install 'gcalib\[cluster\]'"):
+        run_grid([tiny_config()], tmp_path, engine="ray")
