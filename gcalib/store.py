@@ -115,7 +115,8 @@ class RunStore:
         ValueError
             If runs on different versions of the data are stored.
         """
-        names = _by_fields(self.folder, signature(self.folder / "records")).get(_key(config.canonical().model_dump()), ())
+        ids = _by_fields(self.folder, signature(self.folder / "records"))
+        names = ids.get(_key(config.canonical().model_dump()), ())
         found = [record for name in names if (record := self.get(name)) is not None]
         if len({record["data_sha256"] for record in found}) > 1:
             raise ValueError(f"{self.folder} holds this config on several versions of {config.pair}: load the data.")
