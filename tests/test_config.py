@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -154,7 +155,7 @@ def test_a_profile_that_does_not_exist_is_answered_with_those_that_do(folder: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sedes: [1]", r"sedes: .*The parameters are profile, pair, seeds, store, workers, settings, rules\."),
+        ("sedes: [1]", r"sedes: .*The parameters are profile, pair, seeds, store, workers, settings, rules, grid\."),
         ("seeds: []", r"seeds: .*at least 1 item"),
         ("workers: 0", r"workers: .*greater than or equal to 1"),
         ("settings: {dim: -1}", r"dim: .*greater than or equal to 2"),
@@ -170,6 +171,49 @@ def test_a_bad_profile_is_one_sentence_with_what_is_allowed(folder: Path, text: 
     with pytest.raises(ValueError, match=message) as failed:
         Profile.load("bad", folder)
     assert "\n" not in str(failed.value) and not isinstance(failed.value, ValidationError)
+
+
+def test_a_grid_lists_every_model_pair_variant_and_seed_once_under_its_rules(folder: Path) -> None:
+    (folder / "wide.yaml").write_text(
+        """
+settings: {dim: 16}
+seeds: [0, 1]
+rules: [{model: cdsrnp, settings: {objective: infonce}}]
+grid:
+  - {models: [abxi, cdsrnp], variants: [{}, {gca: [0]}]}
+  - {models: [abxi], pairs: [synthetic], variants: [{}, {gate: tanh}, {gca: [1]}], seeds: [0]}
+"""
+    )
+    grid = Profile.load("wide", folder).grid_configs()
+    assert len(grid) == len(set(grid)) == 9  # 2 models, 2 variants, 2 seeds; a plain baseline has no gate: one more
+    assert {c.objective for c in grid if c.model == "cdsrnp"} == {"infonce"}
+    assert {(c.pair, c.dim) for c in grid} == {("synthetic", 16)}
+    assert [c.seed for c in grid if c.gca == (1,)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("{models: [abxi], variants: [{}], extra: 1}", r"grid\.0\.extra"),
+        ("{models: [abxi], variants: [{gac: [0]}]}", r"gac"),
+        ("{models: [abix], variants: [{}]}", r"grid\.0\.models"),
+        ("{models: [sasrec], variants: [{domain_rank: 3}]}", r"domain_rank is read by abxi only"),
+    ],
+)
+def test_a_bad_grid_is_one_sentence(folder: Path, block: str, message: str) -> None:
+    (folder / "bad.yaml").write_text(f"grid: [{block}]")
+    with pytest.raises(ValueError, match=message) as failed:
+        Profile.load("bad", folder).grid_configs()
+    assert "\n" not in str(failed.value) and not isinstance(failed.value, ValidationError)
+
+
+@pytest.mark.parametrize("path", sorted(Path("params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_of_the_repository_loads_and_serves_as_papermill_parameters(path: Path) -> None:
+    profile = Profile.load(path.stem)
+    # `papermill -f params/x.yaml` injects the file's keys as variables of the notebook
+    assert notebook_parameters(notebook(**yaml.safe_load(path.read_text()))) == profile
+    if path.stem == "study":
+        assert len(profile.grid_configs()) >= 300
 
 
 # ----------------------------------------------------------------------------------------- the parameters cell
