@@ -6,18 +6,27 @@ the table gives them. Every figure can be given its own `title` and `subtitle`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
+from gcalib.comparisons import (
+    against_nulls,
+    differences,
+    metric_with_intervals,
+    scatter,
+    size_and_quality,
+    trajectories,
+)
+from gcalib.marks import base_of, check, facet, log_axis, titled
 from gcalib.rendering import COLOURS, GREY, GRID, enable
 
 __all__ = [
-    "attention_map", "cosine_and_ndcg", "cost", "enable", "gate_histogram", "lengths", "lines", "metric_with_intervals",
-    "popularity", "step_ratio", "tie_share", "timeline", "visibility",
+    "against_nulls", "attention_map", "cosine_and_ndcg", "cost", "differences", "enable", "gate_histogram", "lengths",
+    "lines", "metric_with_intervals", "popularity", "scatter", "size_and_quality", "step_ratio", "tie_share",
+    "timeline", "trajectories", "visibility",
 ]  # fmt: skip
 POINTS = 60  # of a curve: what a panel can show
 _LINES = {
@@ -51,7 +60,7 @@ def cosine_and_ndcg(
     cosines, ndcg = [], []
     for letter, domain in zip("ab", domains, strict=True):
         prefix = f"{split}.{letter}.gca{point}"
-        _check(curves, "epoch", *(f"{prefix}.{measure}" for measure in list(_LINES)[:3]))
+        check(curves, "epoch", *(f"{prefix}.{measure}" for measure in list(_LINES)[:3]))
         for measure, (line, _, _) in _LINES.items():
             if f"{prefix}.{measure}" in curves:
                 cosines.append(_curve(curves, f"{prefix}.{measure}").assign(domain=domain, line=line))
@@ -62,15 +71,15 @@ def cosine_and_ndcg(
     dash = alt.Scale(domain=shown, range=dashes[: len(shown)])
     legend = alt.Legend(title=None, orient="top", columns=2, symbolSize=400)
     x = alt.X("epoch:Q", title="epoch (0 = untrained)", axis=alt.Axis(tickMinStep=1, tickCount=6, grid=False))
-    top = _base(pd.concat(cosines), width=300, height=190).mark_line().encode(
+    top = base_of(pd.concat(cosines), width=300, height=190).mark_line().encode(
         x, alt.Y("value:Q", title="mean |cos(X, X′)|"),
         alt.Color("line:N", scale=scale, legend=legend), alt.StrokeDash("line:N", scale=dash, legend=legend),
     )  # fmt: skip
-    bottom = _base(pd.concat(ndcg), width=300, height=150).mark_line(color=COLOURS[3]).encode(
+    bottom = base_of(pd.concat(ndcg), width=300, height=150).mark_line(color=COLOURS[3]).encode(
         x, alt.Y("value:Q", title="NDCG@10, full ranking")
     )  # fmt: skip
-    panels = [_facet(panel, "domain", domains) for panel in (top, bottom)]
-    return _titled(alt.vconcat(*panels), title, subtitle)
+    panels = [facet(panel, "domain", domains) for panel in (top, bottom)]
+    return titled(alt.vconcat(*panels), title, subtitle)
 
 
 def lengths(
@@ -83,7 +92,7 @@ def lengths(
     frame
         One row a user and domain: `pair`, `domain`, `length` (events).
     """
-    _check(frame, "pair", "domain", "length")
+    check(frame, "pair", "domain", "length")
     width = int(np.ceil(frame["length"].max() / POINTS))
     bins = np.arange(0, frame["length"].max() + 2 * width, width)  # one empty bin at the end lets the line come down
     parts = []
@@ -91,11 +100,11 @@ def lengths(
         share = 100 * np.bincount(part["length"] // width, minlength=len(bins)) / len(part)
         parts.append(pd.DataFrame({"pair": pair, "domain": domain, "length": bins, "share": share}))
     x = "events of a user in the domain" + (f" (bins of {width})" if width > 1 else "")
-    chart = _base(pd.concat(parts), width=250, height=200).mark_line(interpolate="step-after").encode(
+    chart = base_of(pd.concat(parts), width=250, height=200).mark_line(interpolate="step-after").encode(
         alt.X("length:Q", title=x, axis=alt.Axis(tickMinStep=1, grid=False)), alt.Y("share:Q", title="users (%)"),
         alt.Color("domain:N", title="domain", sort=list(frame["domain"].unique())),
     )  # fmt: skip
-    return _titled(_facet(chart, "pair", frame["pair"].unique(), columns=2), title, subtitle)
+    return titled(facet(chart, "pair", frame["pair"].unique(), columns=2), title, subtitle)
 
 
 def popularity(
@@ -108,7 +117,7 @@ def popularity(
     frame
         One row an item: `pair`, `domain`, `interactions` (at least 1).
     """
-    _check(frame, "pair", "domain", "interactions")
+    check(frame, "pair", "domain", "interactions")
     parts = []
     for (pair, domain), part in frame.groupby(["pair", "domain"], sort=False):
         counts = part["interactions"].sort_values(ascending=False).to_numpy()
@@ -116,12 +125,12 @@ def popularity(
         shown = {"rank": ranks, "interactions": counts[ranks - 1]}
         parts.append(pd.DataFrame({"pair": pair, "domain": domain, **shown}))
     table = pd.concat(parts)
-    chart = _base(table, width=250, height=200).mark_line().encode(
-        _log(alt.X, table["rank"], "item, ranked by popularity"),
-        _log(alt.Y, table["interactions"], "interactions of the item"),
+    chart = base_of(table, width=250, height=200).mark_line().encode(
+        log_axis(alt.X, table["rank"], "item, ranked by popularity"),
+        log_axis(alt.Y, table["interactions"], "interactions of the item"),
         alt.Color("domain:N", title="domain", sort=list(frame["domain"].unique())),
     )  # fmt: skip
-    return _titled(_facet(chart, "pair", frame["pair"].unique(), columns=2), title, subtitle)
+    return titled(facet(chart, "pair", frame["pair"].unique(), columns=2), title, subtitle)
 
 
 def tie_share(
@@ -134,8 +143,8 @@ def tie_share(
     frame
         One row a bar: `pair`, `what` is tied (such as "neighbouring events", "last event"), `share` (0 to 1).
     """
-    _check(frame, "pair", "what", "share")
-    base = _base(frame.assign(share=100 * frame["share"]), height=alt.Step(22)).encode(
+    check(frame, "pair", "what", "share")
+    base = base_of(frame.assign(share=100 * frame["share"]), height=alt.Step(22)).encode(
         alt.X("share:Q", title="tied with a neighbour in time (%)", axis=alt.Axis(grid=False, tickCount=6)),
         alt.Y("pair:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.3)),
         alt.YOffset("what:N", sort=None),
@@ -143,32 +152,7 @@ def tie_share(
     bars = base.mark_bar().encode(
         alt.Color("what:N", title=None, sort=None, legend=alt.Legend(orient="top", symbolType="square"))
     )
-    return _titled(bars + base.mark_text(align="left", dx=4).encode(alt.Text("share:Q", format=".1f")), title, subtitle)
-
-
-def metric_with_intervals(
-    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant", columns: int = 0
-) -> alt.FacetChart:
-    """Means as dots with their intervals, a row a variant, a panel a domain with an axis of its own.
-
-    Parameters
-    ----------
-    frame
-        As of `gcalib.stats.mean_interval` by variant and domain: the column named by `variant`, `domain`, `mean`,
-        `low`, `high`; where the bounds are nan, the dot stands alone.
-    metric
-        What the numbers are, for the axis, such as "NDCG@10, full ranking".
-    columns
-        Panels side by side; by default all.
-    """
-    _check(frame, variant, "domain", "mean", "low", "high")
-    axis: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
-    base = _base(frame, width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, color=GREY)
-    dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))
-    panels = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q")) + dots
-    faceted = _facet(panels, "domain", frame["domain"].unique(), columns)
-    return _titled(faceted.resolve_scale(x="independent"), title, subtitle)
+    return titled(bars + base.mark_text(align="left", dx=4).encode(alt.Text("share:Q", format=".1f")), title, subtitle)
 
 
 def gate_histogram(frame: pd.DataFrame, *, title: str = "How far the gate opens", subtitle: str = "") -> alt.FacetChart:
@@ -179,19 +163,19 @@ def gate_histogram(frame: pd.DataFrame, *, title: str = "How far the gate opens"
     frame
         One row a value, or many values a row: `domain`, `gate` (within 0..1 or -1..1; a number, or an array of them).
     """
-    _check(frame, "domain", "gate")
+    check(frame, "domain", "gate")
     parts = []
     for domain, values in frame.groupby("domain", sort=False)["gate"]:
         gates = np.concatenate([np.ravel(value) for value in values])
         counts, edges = np.histogram(gates, bins=40, range=(-1.0 if gates.min() < 0 else 0.0, 1.0))
         share = 100 * counts / len(gates)
         parts.append(pd.DataFrame({"from": edges[:-1], "to": edges[1:], "share": share, "domain": domain}))
-    chart = _base(pd.concat(parts), width=270, height=180).mark_bar().encode(
+    chart = base_of(pd.concat(parts), width=270, height=180).mark_bar().encode(
         alt.X("from:Q", bin="binned", title="value of the gate (0 = closed)", axis=alt.Axis(tickCount=5, format="~g")),
         alt.X2("to:Q"),
         alt.Y("share:Q", title="positions × features (%)"),
     )  # fmt: skip
-    return _titled(_facet(chart, "domain", frame["domain"].unique()), title, subtitle)
+    return titled(facet(chart, "domain", frame["domain"].unique()), title, subtitle)
 
 
 def attention_map(
@@ -205,16 +189,16 @@ def attention_map(
         One row a cell: `query` and `key` (positions counted from the oldest, or names), `weight` (each query's sum to
         1; leave out pairs that may not attend, and they stay white).
     """
-    _check(frame, "query", "key", "weight")
+    check(frame, "query", "key", "weight")
     heads = "head" in frame
     side = 210 if heads else 320
     table = frame.assign(head="head " + frame["head"].astype(str)) if heads else frame
-    chart = _base(table, width=side, height=side).mark_rect().encode(
+    chart = base_of(table, width=side, height=side).mark_rect().encode(
         alt.X("key:O", title="key position (other domain)", sort=None, axis=_places(frame["key"], side)),
         alt.Y("query:O", title="query position", sort=None, axis=_places(frame["query"], side)),
         alt.Color("weight:Q", title="weight", scale=alt.Scale(domainMin=0)),
     )  # fmt: skip
-    return _titled(_facet(chart, "head", table["head"].unique(), columns=2) if heads else chart, title, subtitle)
+    return titled(facet(chart, "head", table["head"].unique(), columns=2) if heads else chart, title, subtitle)
 
 
 def cost(
@@ -230,13 +214,13 @@ def cost(
     x_title, y_title
         What they are, with units.
     """
-    _check(frame, "part", x, y)
+    check(frame, "part", x, y)
     sizes = sorted(frame[x].unique().tolist())
-    base = _base(frame).encode(
-        _log(alt.X, frame[x], x_title, sizes if len(sizes) <= 10 else ()), _log(alt.Y, frame[y], y_title),
+    base = base_of(frame).encode(
+        log_axis(alt.X, frame[x], x_title, sizes if len(sizes) <= 10 else ()), log_axis(alt.Y, frame[y], y_title),
         alt.Color("part:N", title=None, sort=None),
     )  # fmt: skip
-    return _titled(base.mark_line() + base.mark_point(opacity=1), title, subtitle)
+    return titled(base.mark_line() + base.mark_point(opacity=1), title, subtitle)
 
 
 def step_ratio(
@@ -249,13 +233,13 @@ def step_ratio(
     frame
         One row a bar: `step` (what was timed), `ratio` (comparator's time over ours).
     """
-    _check(frame, "step", "ratio")
-    base = _base(frame, height=alt.Step(34)).encode(
+    check(frame, "step", "ratio")
+    base = base_of(frame, height=alt.Step(34)).encode(
         alt.X("ratio:Q", title=x_title, axis=alt.Axis(grid=False, tickCount=6)), alt.Y("step:N", title=None, sort=None)
     )
     texts = base.mark_text(align="left", dx=5).encode(alt.Text("ratio:Q", format=".1f"))
     one = alt.Chart(pd.DataFrame({"one": [1]})).mark_rule(color=COLOURS[1], strokeDash=[4, 3]).encode(alt.X("one:Q"))
-    return _titled(base.mark_bar() + texts + one, title, subtitle)
+    return titled(base.mark_bar() + texts + one, title, subtitle)
 
 
 def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Chart:
@@ -266,13 +250,13 @@ def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Char
     frame
         One row an event: `user` (a label), `domain`, `time` (seconds since 1970).
     """
-    _check(frame, "user", "domain", "time")
+    check(frame, "user", "domain", "time")
     days = frame.assign(day=frame["time"] // 86_400).groupby(["user", "domain", "day"], sort=False).size()
     table = days.rename("events").reset_index()
     table["year"] = 1970 + table["day"] / 365.2425
     domains, counts = list(frame["domain"].unique()), sorted({1, int(table["events"].max())})
     axis = alt.Axis(format="d", tickMinStep=1, tickCount=6, grid=False)
-    chart = _base(table, height=alt.Step(15)).mark_point(opacity=1).encode(
+    chart = base_of(table, height=alt.Step(15)).mark_point(opacity=1).encode(
         alt.X("year:Q", title="year", scale=alt.Scale(zero=False), axis=axis),
         alt.Y("user:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.35)),
         alt.YOffset("domain:N", sort=domains),
@@ -280,7 +264,7 @@ def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Char
         alt.Size("events:Q", title="events on the day", scale=alt.Scale(range=[25, 180]),
                  legend=alt.Legend(orient="top", values=counts, symbolFillColor=GREY, symbolStrokeWidth=0)),
     )  # fmt: skip
-    return _titled(chart, title, subtitle)
+    return titled(chart, title, subtitle)
 
 
 def visibility(frame: pd.DataFrame, *, x_title: str, y_title: str, title: str, subtitle: str = "") -> alt.Chart:
@@ -293,15 +277,15 @@ def visibility(frame: pd.DataFrame, *, x_title: str, y_title: str, title: str, s
     x_title, y_title
         What keys and queries are.
     """
-    _check(frame, "query", "key", "visible")
+    check(frame, "query", "key", "visible")
     table = frame.assign(state=np.where(frame["visible"], "visible", "hidden"))
     colours = alt.Scale(domain=["visible", "hidden"], range=[COLOURS[0], GRID])
-    chart = _base(table, width=alt.Step(24), height=alt.Step(24)).mark_rect(stroke="white").encode(
+    chart = base_of(table, width=alt.Step(24), height=alt.Step(24)).mark_rect(stroke="white").encode(
         alt.X("key:O", title=x_title, sort=None, axis=alt.Axis(labelAngle=0)),
         alt.Y("query:O", title=y_title, sort=None),
         alt.Color("state:N", title=None, scale=colours, legend=alt.Legend(symbolType="square")),
     )  # fmt: skip
-    return _titled(chart, title, subtitle)
+    return titled(chart, title, subtitle)
 
 
 def lines(
@@ -316,49 +300,23 @@ def lines(
     x_title, y_title
         What they are, with units.
     """
-    _check(frame, "part", x, y)
-    chart = _base(frame).mark_line().encode(
+    check(frame, "part", x, y)
+    chart = base_of(frame).mark_line().encode(
         alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(grid=False)),
         alt.Y(f"{y}:Q", title=y_title), alt.Color("part:N", title=None, sort=None),
     )  # fmt: skip
-    return _titled(chart, title, subtitle)
-
-
-def _check(frame: pd.DataFrame, *columns: str) -> None:
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise ValueError(
-            f"The figure needs a column {missing[0]!r}; the table has {', '.join(map(str, frame.columns))}."
-        )
-    if not len(frame):
-        raise ValueError("The table is empty: there is nothing to draw.")
-
-
-def _base(frame: pd.DataFrame, **size: Any) -> alt.Chart:
-    return alt.Chart(frame.reset_index(drop=True)).properties(**size)
+    return titled(chart, title, subtitle)
 
 
 def _curve(curves: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean of a column over the runs at each epoch, thinned to `POINTS` epochs; a constant needs only its ends."""
-    _check(curves, column)
+    check(curves, column)
     mean = curves.groupby("epoch")[column].mean().dropna()
     if not len(mean):
         raise ValueError(f"The column {column!r} holds no number: were these runs without that cross-attention?")
     count = min(len(mean), 2 if mean.nunique() == 1 else POINTS)
     kept = np.unique(np.linspace(0, len(mean) - 1, count).round().astype(int))
     return mean.iloc[kept].rename("value").reset_index()
-
-
-def _log(channel: type[Any], values: pd.Series, title: str, ticks: Sequence[float] = ()) -> Any:
-    """Logarithmic axis of a column; unless told, ticks at 1, 10, 100, .. or, within two decades, at 1, 2, 5, 10, .."""
-    low, high = np.log10(values.min()), np.log10(values.max())
-    steps = (1,) if high - low > 2 else (1, 2, 5)
-    every = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
-    shown = list(ticks) or [value for value in every if values.min() <= value <= values.max()]
-    # 1k and 1M, but 0.1 instead of SI's 100m, which beside a unit of ms would be misread
-    label = "datum.value < 1 ? format(datum.value, '~g') : format(datum.value, '.3~s')"
-    axis = alt.Axis(values=shown, labelExpr=label, grid=False)
-    return channel(f"{values.name}:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=axis)
 
 
 def _places(values: pd.Series, side: int) -> alt.Axis:
@@ -368,15 +326,3 @@ def _places(values: pd.Series, side: int) -> alt.Axis:
         return alt.Axis(labelAngle=-40, labelLimit=160)
     step = int(np.ceil(20 * len(names) / side))
     return alt.Axis(labelAngle=0, values=names[step - 1 :: step])
-
-
-def _facet(chart: Any, column: str, names: Iterable[Any], columns: int = 0) -> alt.FacetChart:
-    """Panels in the order of `names`."""
-    panels = list(names)
-    facet = alt.Facet(f"{column}:N", title=None, sort=panels)
-    faceted: alt.FacetChart = chart.facet(facet, columns=columns or len(panels))
-    return faceted
-
-
-def _titled(chart: Any, title: str, subtitle: str) -> Any:
-    return chart.properties(title=alt.TitleParams(title, subtitle=subtitle) if subtitle else alt.TitleParams(title))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -124,6 +124,26 @@ def paired_difference(
             difference = _interval((found - subtracted).to_numpy(float), level)
             rows.append({**dict(zip(groups, group, strict=True)), between: name, **difference})
     return pd.DataFrame(rows, columns=[*groups, between, "n", "mean", "low", "high", "p"])
+
+
+def verdict(low: float, high: float, expected: Literal[1, -1] = 1) -> str:
+    """What an interval says of a claimed direction.
+
+    Parameters
+    ----------
+    low, high
+        Bounds of the interval; nan if there is none.
+    expected
+        The sign that the claim gives.
+
+    Examples
+    --------
+    >>> verdict(0.1, 0.3), verdict(-0.1, 0.3), verdict(0.1, 0.3, expected=-1)
+    ('confirmed', 'undecided', 'refuted')
+    """
+    if low > 0 or high < 0:
+        return "confirmed" if (low > 0) == (expected > 0) else "refuted"
+    return "undecided"
 
 
 def _interval(values: np.ndarray, level: float) -> dict[str, float]:

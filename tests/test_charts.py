@@ -41,6 +41,13 @@ def curves(epochs: int = 200) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def nulls() -> pd.DataFrame:
+    """Cosines of three runs of two cases in two domains, with their nulls."""
+    rows = [(case, d, 0.2 + 0.02 * seed) for case in ("ABXI · one", "CDSRNP · two") for d in "AB" for seed in range(3)]
+    measured = pd.DataFrame(rows, columns=["case", "domain", "cos_mean_abs"])
+    return measured.assign(null_mean_abs=0.1, null_perm_mean_abs=0.15, null_init_mean_abs=0.12)
+
+
 def everyone() -> dict[str, alt.TopLevelMixin]:
     """One example of every figure, as large as it gets in a notebook."""
     pairs = ["food-kitchen", "cloth-sport"]
@@ -79,6 +86,27 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
         "visibility": charts.visibility(
             pd.DataFrame([{"query": q, "key": k, "visible": k <= q} for q in range(20) for k in range(20)]),
             x_title="key", y_title="query", title="T",
+        ),
+        "differences": charts.differences(
+            pd.DataFrame([(c, d, m, m - 1, m + 1) for c in ("x", "y") for d in "AB" for m in (-2.0, 0.5, 2.0)],
+                         columns=["case", "domain", "mean", "low", "high"]), metric="NDCG@10 (%)", title="T",
+        ),
+        "against_nulls": charts.against_nulls(nulls(), title="T", level=(0.1, 0.2)),
+        "scatter": charts.scatter(
+            pd.DataFrame({"model": ["m", "n"] * 300, "pair": ["p"] * 300 + ["q"] * 300, "cos": rng.random(600),
+                          "ndcg": rng.random(600)}),
+            x="cos", y="ndcg", x_title="mean |cos(X, X′)|", y_title="NDCG@10", title="T",
+        ),
+        "size_and_quality": charts.size_and_quality(
+            pd.DataFrame([(v, d, n, 0.1, 0.09, 0.11) for v in ("plain", "GCA0") for d in "AB" for n in (1e4, 1e5)],
+                         columns=["variant", "domain", "size", "mean", "low", "high"]),
+            x="size", x_title="parameters", metric="NDCG@10", title="T",
+        ),
+        "trajectories": charts.trajectories(
+            pd.DataFrame([(f"{m} · {p}", m, d, e, 0.1 + e / 100 + s / 50) for m in ("ABXI", "CDSRNP") for p in "pqrs"
+                          for d in "AB" for e in range(60) for s in (0, 1)],
+                         columns=["case", "model", "domain", "epoch", "cos"]),
+            y="cos", y_title="mean |cos(X, X′)|", title="T",
         ),
         "step_ratio": charts.step_ratio(pd.DataFrame({"step": ["fp32", "bf16"], "ratio": [11.0, 22.0]}), title="T"),
     }  # fmt: skip
@@ -245,3 +273,19 @@ charts.step_ratio(pd.DataFrame({"step": ["fp32", "bf16"], "ratio": [11.0, 22.0]}
     assert alt.Chart.from_dict(output.data[rendering.VEGALITE]) is not None
     page, _ = HTMLExporter().from_notebook_node(executed)
     assert "data:image/png;base64," in page
+
+
+def test_a_loss_a_gain_and_an_open_case_are_told_apart():
+    table = pd.DataFrame({"case": list("xyz"), "domain": "A", "mean": [2.0, -2.0, 0.5]})
+    table = table.assign(low=table["mean"] - 1, high=table["mean"] + 1)
+    spec = charts.differences(table, metric="NDCG@10 (%)", title="T").to_dict()
+    (rows,) = spec["datasets"].values()
+    assert [row["decided"] for row in rows] == ["gain", "loss", "undecided"]
+
+
+def test_a_curve_ends_where_the_first_run_of_its_case_does():
+    runs = [("case", "m", "A", epoch, 1.0) for last in (20, 50) for epoch in range(last + 1)]
+    table = pd.DataFrame(runs, columns=["case", "model", "domain", "epoch", "cos"])
+    spec = charts.trajectories(table, y="cos", y_title="cos", title="T").to_dict()
+    (rows,) = spec["datasets"].values()
+    assert max(row["epoch"] for row in rows) == 20 and len(rows) <= 30

@@ -1,0 +1,202 @@
+"""Figures that set runs beside each other: variants, models, pairs, sizes. Notebooks reach them as `gcalib.charts`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from gcalib.marks import base_of, check, facet, log_axis, titled
+from gcalib.rendering import COLOURS, GREY
+
+BAND = "#f2e9d0"  # a level that somebody published
+EPOCHS = 30  # of a curve among many
+NULLS = {
+    "null_mean_abs": ("null: random directions", COLOURS[6]),
+    "null_perm_mean_abs": ("null: X′ of another user", COLOURS[1]),
+    "null_init_mean_abs": ("null: untrained module", COLOURS[2]),
+}
+
+
+def metric_with_intervals(
+    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant", columns: int = 0
+) -> alt.FacetChart:
+    """Means as dots with their intervals, a row a variant, a panel a domain with an axis of its own.
+
+    Parameters
+    ----------
+    frame
+        As of `gcalib.stats.mean_interval` by variant and domain: the column named by `variant`, `domain`, `mean`,
+        `low`, `high`; where the bounds are nan, the dot stands alone.
+    metric
+        What the numbers are, for the axis, such as "NDCG@10, full ranking".
+    columns
+        Panels side by side; by default all.
+    """
+    check(frame, variant, "domain", "mean", "low", "high")
+    axis: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
+    base = base_of(frame, width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, color=GREY)
+    dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))
+    panels = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q")) + dots
+    faceted = facet(panels, "domain", frame["domain"].unique(), columns)
+    return titled(faceted.resolve_scale(x="independent"), title, subtitle)
+
+
+def differences(
+    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", row: str = "case", columns: int = 0
+) -> alt.FacetChart:
+    """Mean differences with their intervals about the line of no difference, a row a case, a panel a domain.
+
+    Parameters
+    ----------
+    frame
+        As of `gcalib.stats.paired_difference`: the column named by `row`, `domain`, `mean`, `low`, `high`; without
+        bounds, the dot stands alone and decides nothing.
+    metric
+        What the numbers are, for the axis, with the unit.
+    columns
+        Panels side by side; by default all.
+    """
+    check(frame, row, "domain", "mean", "low", "high")
+    words = ["gain", "loss", "undecided"]
+    table = frame.assign(decided=np.select([frame["low"] > 0, frame["high"] < 0], words[:2], words[2]))
+    axis: dict[str, Any] = {"title": metric, "axis": alt.Axis(tickCount=5)}
+    shown = alt.Scale(domain=words, range=[COLOURS[0], COLOURS[1], "#999999"])
+    colour = alt.Color("decided:N", title="the interval says", scale=shown, legend=alt.Legend(orient="top"))
+    base = base_of(table, width=270, height=alt.Step(24)).encode(alt.Y(f"{row}:N", title=None, sort=None))
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5)
+    dots = base.mark_point(opacity=1, size=70).encode(alt.X("mean:Q", **axis), colour)
+    zero = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(alt.X(datum=0, title=metric))
+    panels = zero + bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q"), colour) + dots
+    return titled(facet(panels, "domain", frame["domain"].unique(), columns), title, subtitle)
+
+
+def against_nulls(
+    frame: pd.DataFrame, *, title: str, subtitle: str = "", row: str = "case", level: tuple[float, float] | None = None
+) -> alt.FacetChart:
+    """Mean |cos(X, X′)| of each case as a dot, its three nulls as ticks, a panel a domain.
+
+    Parameters
+    ----------
+    frame
+        One row a run: the column named by `row`, `domain`, `cos_mean_abs` and the nulls (`null_mean_abs`,
+        `null_perm_mean_abs`, `null_init_mean_abs`); runs of a case are averaged, and each is a faint dot.
+    level
+        A published range to shade.
+    """
+    check(frame, row, "domain", "cos_mean_abs", *NULLS)
+    rows = frame[row].unique().tolist()
+    measured = frame[[row, "domain", "cos_mean_abs"]].rename(columns={"cos_mean_abs": "value"}).assign(what="measured")
+    nulls = frame.groupby([row, "domain"], sort=False)[list(NULLS)].mean().reset_index()
+    ticks = nulls.melt([row, "domain"], var_name="what").replace({"what": {k: v for k, (v, _) in NULLS.items()}})
+    means = measured.groupby([row, "domain", "what"], sort=False)["value"].mean().reset_index()
+    table = pd.concat([measured.assign(kind="run"), means.assign(kind="mean"), ticks.assign(kind="null")])
+    names = ["measured", *(name for name, _ in NULLS.values())]
+    scale = alt.Scale(domain=names, range=[COLOURS[0], *(colour for _, colour in NULLS.values())])
+    measure = "mean |cos(X, X′)|"
+    x = alt.X("value:Q", title=measure, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5))
+    drawn = base_of(table, width=270, height=alt.Step(24))  # one table: altair facets no chart of several
+    base = drawn.encode(
+        x, alt.Y(f"{row}:N", title=None, sort=rows),
+        alt.Color("what:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=2)),
+    )  # fmt: skip
+    layers = [
+        base.transform_filter("datum.kind == 'null'").mark_tick(thickness=3, size=16, opacity=0.9),
+        base.transform_filter("datum.kind == 'run'").mark_point(opacity=0.35, size=25),
+        base.transform_filter("datum.kind == 'mean'").mark_point(opacity=1, size=90),
+    ]
+    if level:
+        bounds = alt.X(datum=level[0], title=measure), alt.X2(datum=level[1])
+        layers.insert(0, drawn.mark_rect(color=BAND).encode(*bounds))
+    return titled(facet(alt.layer(*layers), "domain", frame["domain"].unique()), title, subtitle)
+
+
+def scatter(
+    frame: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    x_title: str,
+    y_title: str,
+    title: str,
+    subtitle: str = "",
+    colour: str = "pair",
+    panel: str = "model",
+    columns: int = 0,
+) -> alt.FacetChart:
+    """A dot a run, with the straight line of least squares through each colour; panels with axes of their own.
+
+    Parameters
+    ----------
+    frame
+        One row a dot: the columns named by `x`, `y`, `colour` and `panel`.
+    x_title, y_title
+        What they are, with units.
+    columns
+        Panels side by side; by default all.
+    """
+    check(frame, x, y, colour, panel)
+    names = frame[colour].unique().tolist()
+    base = base_of(frame[[x, y, colour, panel]], width=230, height=190).encode(
+        alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5, grid=False)),
+        alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
+        alt.Color(f"{colour}:N", title=None, sort=names, legend=alt.Legend(orient="top", columns=3)),
+    )  # fmt: skip
+    through = base.transform_regression(x, y, groupby=[colour]).mark_line(strokeWidth=1.5, opacity=0.8)
+    faceted = facet(base.mark_point(opacity=0.75, size=40) + through, panel, frame[panel].unique(), columns)
+    return titled(faceted.resolve_scale(x="independent", y="independent"), title, subtitle)
+
+
+def size_and_quality(
+    frame: pd.DataFrame, *, x: str, x_title: str, metric: str, title: str, subtitle: str = ""
+) -> alt.FacetChart:
+    """Quality against a size on a logarithmic axis, a line a variant with its intervals, a panel a domain.
+
+    Parameters
+    ----------
+    frame
+        One row a mean: `variant`, `domain`, the column named by `x` (above 0), `mean`, `low`, `high`.
+    x_title, metric
+        What the axes are, with units.
+    """
+    check(frame, "variant", "domain", x, "mean", "low", "high")
+    base = base_of(frame, width=270, height=210).encode(
+        log_axis(alt.X, frame[x], x_title),
+        alt.Color("variant:N", title=None, sort=None, legend=alt.Legend(orient="top")),
+    )
+    y: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
+    lines = base.mark_line(point=alt.OverlayMarkDef(opacity=1, size=50)).encode(alt.Y("mean:Q", **y))
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.6)
+    panels = bars.encode(alt.Y("low:Q", **y), alt.Y2("high:Q")) + lines
+    return titled(facet(panels, "domain", frame["domain"].unique()).resolve_scale(y="independent"), title, subtitle)
+
+
+def trajectories(
+    curves: pd.DataFrame, *, y: str, y_title: str, title: str, subtitle: str = "", colour: str = "model"
+) -> alt.FacetChart:
+    """A measure over training, a line a case (its runs averaged), a panel a domain.
+
+    Parameters
+    ----------
+    curves
+        One row an epoch and run: `case`, the column named by `colour`, `domain`, `epoch`, and the column named by `y`.
+        Drawn as far as every run of a case trained, thinned to `EPOCHS` epochs.
+    y_title
+        What it is, with its unit.
+    """
+    check(curves, "case", colour, "domain", "epoch", y)
+    parts = []
+    for (case, name, domain), part in curves.groupby(["case", colour, "domain"], sort=False):
+        table = part.pivot_table(index="epoch", values=y, aggfunc=["mean", "count"])
+        mean = table["mean"][y][table["count"][y] == table["count"][y].max()]
+        kept = np.unique(np.linspace(0, len(mean) - 1, min(EPOCHS, len(mean))).round().astype(int))
+        parts.append(mean.iloc[kept].rename("value").reset_index().assign(case=case, name=name, domain=domain))
+    chart = base_of(pd.concat(parts), width=270, height=210).mark_line(strokeWidth=1.6, opacity=0.85).encode(
+        alt.X("epoch:Q", title="epoch (0 = untrained)", axis=alt.Axis(tickMinStep=1, tickCount=6, grid=False)),
+        alt.Y("value:Q", title=y_title, axis=alt.Axis(tickCount=5)),
+        alt.Color("name:N", title=None, sort=None, legend=alt.Legend(orient="top")), alt.Detail("case:N"),
+    )  # fmt: skip
+    return titled(facet(chart, "domain", curves["domain"].unique()), title, subtitle)
