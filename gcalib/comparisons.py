@@ -66,10 +66,11 @@ def differences(
     axis: dict[str, Any] = {"title": metric, "axis": alt.Axis(tickCount=5)}
     shown = alt.Scale(domain=words, range=[COLOURS[0], COLOURS[1], "#999999"])
     colour = alt.Color("decided:N", title="the interval says", scale=shown, legend=alt.Legend(orient="top"))
-    base = base_of(table, width=270, height=alt.Step(24)).encode(alt.Y(f"{row}:N", title=None, sort=None))
+    drawn = base_of(table, width=270, height=alt.Step(24))
+    base = drawn.encode(alt.Y(f"{row}:N", title=None, sort=None))
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5)
     dots = base.mark_point(opacity=1, size=70).encode(alt.X("mean:Q", **axis), colour)
-    zero = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(alt.X(datum=0, title=metric))
+    zero = drawn.mark_rule(color=GREY, strokeDash=[4, 3]).encode(alt.X(datum=0, title=metric))
     panels = zero + bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q"), colour) + dots
     return titled(facet(panels, "domain", frame["domain"].unique(), columns), title, subtitle)
 

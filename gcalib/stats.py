@@ -110,20 +110,79 @@ def paired_difference(
     parts = frame.groupby(groups, sort=False, dropna=False) if groups else [((), frame)]
     for group, part in parts:
         where = "".join(f", {key} {name}" for key, name in zip(groups, group, strict=True))
-        variants = dict(list(part.groupby(between, sort=False)))
-        if base not in variants:
-            raise ValueError(f"There is no {between} {base!r}{where}; there are {list(variants)}.")
-        subtracted = _by_pair(variants.pop(base), pairs, value, f"{between} {base!r}{where}")
-        for name, runs in variants.items():
-            found = _by_pair(runs, pairs, value, f"{between} {name!r}{where}")
-            alone = found.index.symmetric_difference(subtracted.index)
-            if len(alone):
-                raise ValueError(
-                    f"Some run of {between} {name!r} has no partner in {base!r}{where}: {pairs} {alone[0]} is alone."
-                )
-            difference = _interval((found - subtracted).to_numpy(float), level)
+        for name in part.loc[part[between] != base, between].unique():
+            difference = _interval(_differences(part, value, pairs, between, name, base, where).to_numpy(float), level)
             rows.append({**dict(zip(groups, group, strict=True)), between: name, **difference})
     return pd.DataFrame(rows, columns=[*groups, between, "n", "mean", "low", "high", "p"])
+
+
+def stratified_difference(
+    frame: pd.DataFrame,
+    value: str,
+    *,
+    strata: str | Sequence[str],
+    pair_on: str | Sequence[str],
+    between: str,
+    base: Any,
+    by: str | Sequence[str] = (),
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Every other variant minus the base one, averaged over strata that count alike, such as data sets.
+
+    Within a stratum runs are paired as in `paired_difference`. The interval is Student's t with the variance pooled
+    over strata and the degrees of freedom that their means leave: it speaks of these strata, not of others like them,
+    and takes differences to vary alike in all of them.
+
+    Parameters
+    ----------
+    strata
+        Column or columns that name a stratum; those without the variant are left out, as are runs of the base that
+        have no partner.
+    frame, value, pair_on, between, base, by, level
+        As in `paired_difference`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a group and variant: the columns of `by`, `between`, then `strata` (how many), `n` (pairs), `mean`,
+        `low`, `high`, `p`. With one pair a stratum there is no interval.
+
+    Raises
+    ------
+    ValueError
+        As `paired_difference`.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"gca": [0, 0, 1, 1] * 2, "seed": [0, 1] * 4, "set": list("ppppqqqq"),
+    ...                      "ndcg": [1.0, 2, 1.5, 2.7, 11, 12, 11.1, 12.3]})
+    >>> stratified_difference(runs, "ndcg", strata="set", pair_on="seed", between="gca", base=0).round(3)
+       gca  strata  n  mean    low   high     p
+    0    1       2  4   0.4  0.096  0.704  0.03
+    """
+    groups, sets, pairs = _columns(by), _columns(strata), _columns(pair_on)
+    _check(frame, [value, between, *groups, *sets, *pairs], value, level)
+    rows = []
+    for group, part in frame.groupby(groups, sort=False, dropna=False) if groups else [((), frame)]:
+        for name in part.loc[part[between] != base, between].unique():
+            parts = [both for _, both in part.groupby(sets, sort=False) if (both[between] == name).any()]
+            found = [_differences(both, value, pairs, between, name, base, spare=True) for both in parts]
+            where = {**dict(zip(groups, group, strict=True)), between: name, "strata": len(found)}
+            rows.append({**where, **_pooled([one.to_numpy(float) for one in found], level)})
+    return pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
+
+
+def _pooled(strata: Sequence[np.ndarray], level: float) -> dict[str, float]:
+    """Mean of the strata's means, bounds of its t-interval by the variance within strata, and the p-value of zero."""
+    n, mean = sum(map(len, strata)), float(np.mean([part.mean() for part in strata]))
+    freedom = n - len(strata)
+    if freedom < 1:
+        return {"n": n, "mean": mean, "low": np.nan, "high": np.nan, "p": np.nan}
+    variance = sum(float(((part - part.mean()) ** 2).sum()) for part in strata) / freedom
+    error = np.sqrt(variance * sum(1 / len(part) for part in strata)) / len(strata)
+    half = stats.t.ppf((1 + level) / 2, freedom) * error
+    p = 2 * stats.t.sf(abs(mean) / error, freedom) if error else float(mean == 0)
+    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": float(p)}
 
 
 def verdict(low: float, high: float, expected: Literal[1, -1] = 1) -> str:
@@ -156,6 +215,30 @@ def _interval(values: np.ndarray, level: float) -> dict[str, float]:
     # values without any spread leave no doubt about their mean
     p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
     return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": float(p)}
+
+
+def _differences(
+    runs: pd.DataFrame,
+    value: str,
+    pairs: list[str],
+    between: str,
+    name: Any,
+    base: Any,
+    where: str = "",
+    *,
+    spare: bool = False,
+) -> pd.Series:
+    """One variant minus the base, run by run; with `spare`, the base may have runs that nothing is compared to."""
+    if not (runs[between] == base).any():
+        raise ValueError(f"There is no {between} {base!r}{where}; there are {runs[between].unique().tolist()}.")
+    subtracted = _by_pair(runs[runs[between] == base], pairs, value, f"{between} {base!r}{where}")
+    found = _by_pair(runs[runs[between] == name], pairs, value, f"{between} {name!r}{where}")
+    alone = found.index.difference(subtracted.index) if spare else found.index.symmetric_difference(subtracted.index)
+    if len(alone):
+        raise ValueError(
+            f"Some run of {between} {name!r} has no partner in {base!r}{where}: {pairs} {alone[0]} is alone."
+        )
+    return (found - subtracted).dropna()
 
 
 def _by_pair(runs: pd.DataFrame, pairs: list[str], value: str, where: str) -> pd.Series:

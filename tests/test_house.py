@@ -41,7 +41,7 @@ FLOORS = [
     ["cluster"],
     ["grid"],
     ["rendering", "stats", "relations", "tables", "shelf"],
-    ["marks"],
+    ["marks", "claims"],
     ["diagrams", "comparisons"],
     ["charts"],
     ["__init__"],

@@ -111,3 +111,54 @@ def test_published_figures_are_found_by_column_and_complete() -> None:
     assert (hits["hr@10"] > hits["hr@5"]).all() and (hits["ndcg@10"] > hits["mrr"]).all()
     with pytest.raises(ValueError, match="pair='toys': there are beauty-electronics, food-kitchen"):
         stats.published(pair="toys")
+
+
+def strata(sets: int = 3, seeds: int = 3, noise: float = 0.1, gain: float = 1.0, seed: int = 0) -> pd.DataFrame:
+    """Runs of a plain and a changed model on data sets of very different levels; the gain differs between sets too."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(sets):
+        for run in range(seeds):
+            level = 10.0 * number + run
+            rows += [
+                (number, run, "plain", level),
+                (number, run, "gca", level + gain + number - 1 + noise * rng.normal()),
+            ]
+    return pd.DataFrame(rows, columns=["pair", "seed", "variant", "ndcg"])
+
+
+def compared(table: pd.DataFrame) -> pd.Series:
+    asked = {"strata": "pair", "pair_on": "seed", "between": "variant", "base": "plain"}
+    return stats.stratified_difference(table, "ndcg", **asked).iloc[0]
+
+
+def test_a_stratified_interval_does_not_widen_by_what_differs_between_strata() -> None:
+    found = compared(strata())
+    assert (found["strata"], found["n"]) == (3, 9) and found["low"] < 1.0 < found["high"]
+    assert found["high"] - found["low"] < 0.4  # the sets' own gains are 0, 1 and 2
+    one = strata(sets=1, gain=1.0)
+    plain = stats.paired_difference(one, "ndcg", pair_on="seed", between="variant", base="plain").iloc[0]
+    assert compared(one)[["mean", "low", "high", "p"]].tolist() == pytest.approx(
+        plain[["mean", "low", "high", "p"]].tolist()
+    )
+
+
+def test_stratified_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    found = [compared(strata(noise=1.0, seed=seed)) for seed in range(200)]
+    held = np.mean([row["low"] < 1.0 < row["high"] for row in found])
+    assert 0.90 < held < 0.99
+
+
+def test_strata_without_the_variant_and_spare_base_runs_are_left_out() -> None:
+    table = strata()
+    fewer = table[~((table["variant"] == "gca") & ((table["pair"] == 2) | (table["seed"] == 2)))]
+    found = compared(fewer)
+    assert (found["strata"], found["n"]) == (2, 4)
+    with pytest.raises(ValueError, match="no partner"):
+        compared(table[~((table["variant"] == "plain") & (table["seed"] == 2))])
+    assert np.isnan(compared(table[table["seed"] == 0])["low"])  # one run a stratum decides nothing
+
+
+def test_a_verdict_follows_the_interval() -> None:
+    assert stats.verdict(-2.0, -1.0) == "refuted" and stats.verdict(-2.0, -1.0, expected=-1) == "confirmed"
+    assert stats.verdict(0.0, 1.0) == stats.verdict(np.nan, np.nan) == "undecided"

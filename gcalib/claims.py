@@ -1,0 +1,184 @@
+"""Claims C1 to C6 of the paper, each put to the same records by a rule that was fixed before the runs.
+
+Every judge takes records named by `gcalib.tables.named`, looks at those of the commonest width, and returns one row a
+model (and domain): `claim`, `model`, what was asked in `question`, `ours` with its interval `low` to `high`, the
+`unit`, `verdict` ("confirmed", "refuted", "undecided") and `runs`, how many it rests on. `overall` sums up a claim that
+is made of every model: it is confirmed if it is so for each, refuted if it is for one, and undecided otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from gcalib import relations, stats, tables
+
+METRIC = "full.ndcg@10"
+MARGIN = 0.3  # correlation below which C6 calls two cosines independent: a tenth of the variance
+TEXTS = {
+    "C1": "early cross-attention (GCA0) improves every baseline",
+    "C2": "the more orthogonal X′ is to X, the better the ranking",
+    "C3": "orthogonality emerges and settles at the same level, a cosine of 0.1 to 0.2, in every model",
+    "C4": "GCA0 beats the baseline widened to the same number of parameters",
+    "C5": "stacking is not monotone: deeper is not always better",
+    "C6": "the cosine of X and X′ does not depend on how similar X and Y are",
+}
+COLUMNS = ["claim", "model", "question", "ours", "low", "high", "unit", "verdict", "runs"]
+
+
+def published(claim: str) -> pd.DataFrame:
+    """The paper's figures for a claim: `model`, `pair`, `domain`, `figure`, `plain` (without GCA), `found`.
+
+    Examples
+    --------
+    >>> published("C1").query("figure == 'NDCG@10'")[["model", "plain", "found"]].to_dict("records")[1]
+    {'model': 'ABXI', 'plain': 0.154, 'found': 0.176}
+    """
+    table = pd.read_csv(Path(__file__).with_name("claims.csv"))
+    return table[table["claim"] == claim].drop(columns="claim").reset_index(drop=True)
+
+
+def one_width(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the commonest width: the cosine of random directions depends on it, and ranking does too."""
+    return runs[runs["dim"] == runs["dim"].mode().iloc[0]]
+
+
+def effect(
+    runs: pd.DataFrame, base: str, variants: Sequence[str], metric: str = METRIC, level: float = 0.95
+) -> pd.DataFrame:
+    """Change of a metric against a base variant, in percent of the base's mean, model by model.
+
+    Each pair counts alike, and so do its two domains; runs are paired by seed within a pair.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As `gcalib.stats.stratified_difference`, one row a model and variant.
+    """
+    same = one_width(runs)
+    long = tables.by_domain(same[same["variant"].isin([base, *variants])], {"value": metric})
+    # a pair on which a model has no run of the base has nothing to compare with
+    based = long[long["variant"] == base].groupby(["model", "pair"]).size().rename("runs of the base")
+    long = long.merge(based, left_on=["model", "pair"], right_index=True)
+    long = long.assign(value=tables.relative(long, "value", base, ["model", "pair", "domain"]))
+    both = long.groupby(["model", "pair", "variant", "seed"], sort=False)["value"].mean().reset_index()
+    within = {"strata": "pair", "pair_on": "seed", "between": "variant", "base": base, "by": "model"}
+    return stats.stratified_difference(both, "value", **within, level=level)  # type: ignore[arg-type]
+
+
+def _gains(runs: pd.DataFrame, claim: str, base: str, variant: str, metric: str) -> pd.DataFrame:
+    found = effect(runs, base, [variant], metric).rename(columns={"mean": "ours", "n": "runs"})
+    words = [stats.verdict(low, high) for low, high in found[["low", "high"]].to_numpy(float)]
+    question = f"{variant} against {base}, NDCG@10"
+    return found.assign(claim=claim, question=question, unit="%", verdict=words)[COLUMNS]
+
+
+def early(runs: pd.DataFrame, metric: str = METRIC) -> pd.DataFrame:
+    """C1: does GCA0 improve each baseline?"""
+    return _gains(runs, "C1", "plain", "GCA0", metric)
+
+
+def matched(runs: pd.DataFrame, metric: str = METRIC) -> pd.DataFrame:
+    """C4: does GCA0 beat the baseline widened to its size?"""
+    return _gains(runs, "C4", "widened", "GCA0", metric)
+
+
+def alignment(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a run, domain and insertion point: the cosines and their nulls by their names, and `ndcg`."""
+    names = ("cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs")
+    same = one_width(runs)
+    cosines = tables.by_point(same, {name: name for name in names})
+    ranking = tables.by_domain(same, {"ndcg": METRIC})[["run_id", "domain", "ndcg"]]
+    return cosines.merge(ranking, on=["run_id", "domain"])
+
+
+def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
+    """C2: among runs of one pair and insertion point, does NDCG@10 fall as the cosine rises?"""
+    rows = []
+    for (model, domain), part in alignment(runs).groupby(["model", "domain"], sort=False):
+        found = relations.correlations(part, "cos_mean_abs", "ndcg", ["pair", "point"])
+        within = found[found["reading"] == "within cells"]
+        ((r, low, high),) = within[["r", "low", "high"]].to_numpy(float)
+        question = f"r of mean |cos(X, X′)| with NDCG@10 in {domain}, within pair and point"
+        word = stats.verdict(low, high, expected=-1)
+        rows.append(("C2", model, question, r, low, high, "r", word, len(part)))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def same_level(runs: pd.DataFrame) -> pd.DataFrame:
+    """C3: does the median cosine at point 0 lie within the paper's range? Percentile bootstrap over runs."""
+    low, high = published("C3")["found"]
+    rows = []
+    early_only = alignment(runs).query("point == 0")
+    for model, part in early_only.groupby("model", sort=False):
+        values = part.groupby("run_id")["cos_mean_abs"].mean().to_numpy()
+        drawn = scipy_stats.bootstrap((values,), np.median, method="percentile", rng=np.random.default_rng(0))
+        left, right = drawn.confidence_interval
+        word = (
+            "confirmed" if low <= left and right <= high else "refuted" if right < low or left > high else "undecided"
+        )
+        rows.append(("C3", model, "median of mean |cos(X, X′)| at point 0", np.median(values), left, right, "", word,
+                     len(values)))  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+STEPS = [("GCA0", "GCA0+1"), ("GCA1", "GCA0+1"), ("GCA1", "GCA1+2"), ("GCA0+1", "GCA0+1+2")]
+
+
+def depth(runs: pd.DataFrame) -> pd.DataFrame:
+    """C5: what does one insertion point more add? A loss in some step confirms the claim, a gain in each refutes it.
+
+    The worst of several steps is looked at, so the intervals are Bonferroni's.
+    """
+    level = 1 - 0.05 / len(STEPS)
+    steps = [effect(runs, base, [more], level=level).assign(step=f"{more} against {base}") for base, more in STEPS]
+    rows = []
+    for model, part in pd.concat(steps).groupby("model", sort=False):
+        word = "confirmed" if bool((part["high"] < 0).any()) else "undecided"
+        word = "refuted" if bool((part["low"] > 0).all()) else word
+        worst = part.nsmallest(1, "mean").to_dict("records")[0]
+        question = f"{worst['step']}, NDCG@10: the worst of {len(part)} steps"
+        found = (worst["mean"], worst["low"], worst["high"])
+        rows.append(("C5", model, question, *found, "%", word, int(part["n"].sum())))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def independent(runs: pd.DataFrame) -> pd.DataFrame:
+    """C6: over pairs and domains, does the cosine of X and X′ follow that of X and Y?
+
+    One dot a model, pair and domain (the mean of its runs at point 0), so that many runs of one data set do not pass
+    for many data sets. Confirmed if the interval of r lies within ±`MARGIN`, refuted if it excludes 0.
+    """
+    keys = ["model", "pair", "domain"]
+    dots = alignment(runs).query("point == 0").groupby(keys, sort=False)[["cos_xy_mean_abs", "cos_mean_abs"]].mean()
+    rows = []
+    for model, part in dots.groupby("model", sort=False):
+        r, low, high = np.nan, np.nan, np.nan
+        if len(part) > 3:
+            found = scipy_stats.pearsonr(part["cos_xy_mean_abs"], part["cos_mean_abs"])
+            r, (low, high) = found.statistic, found.confidence_interval(0.95)
+        word = "refuted" if low > 0 or high < 0 else "confirmed" if max(-low, high) < MARGIN else "undecided"
+        question = f"r of |cos(X, Y)| with |cos(X, X′)| over {len(part)} pairs and domains"
+        rows.append(("C6", model, question, r, low, high, "r", word, len(part)))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def judge(runs: pd.DataFrame) -> pd.DataFrame:
+    """All six claims, a row a model (and domain)."""
+    judges = (early, orthogonal_is_better, same_level, matched, depth, independent)
+    return pd.concat([one(runs) for one in judges], ignore_index=True)
+
+
+def overall(judged: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim: `text`, `verdict`, and for how many of its rows each word was found."""
+    rows = []
+    for claim, part in judged.groupby("claim", sort=False):
+        words = part["verdict"]
+        word = "confirmed" if (words == "confirmed").all() else "refuted" if (words == "refuted").any() else "undecided"
+        counts = {name: int((words == name).sum()) for name in ("confirmed", "refuted", "undecided")}
+        rows.append({"claim": claim, "text": TEXTS[str(claim)], "verdict": word, **counts})
+    return pd.DataFrame(rows)

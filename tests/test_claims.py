@@ -1,0 +1,117 @@
+"""Each claim put to records whose answer is known by construction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gcalib import claims, tables
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {"gca": ()},
+    "GCA0": {"gca": (0,)},
+    "widened": {"gca": (0,), "match": "params"},
+    "GCA1": {"gca": (1,)},
+    "GCA0+1": {"gca": (0, 1)},
+    "GCA1+2": {"gca": (1, 2)},
+    "GCA0+1+2": {"gca": (0, 1, 2)},
+}
+
+
+def study(
+    gains: dict[str, float],
+    *,
+    slope: float = 0.0,
+    cosine: float = 0.15,
+    follows: float = 0.0,
+    models: tuple[str, ...] = ("abxi",),
+) -> pd.DataFrame:
+    """Records in which a variant ranks `gains` percent better, NDCG falls by `slope` with the cosine, and so on."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for model in models:
+        for number, pair in enumerate(("one", "two", "three")):
+            for variant, fields in VARIANTS.items():
+                for seed in range(3):
+                    row = {"gate": "sigmoid", "heads": 4, "match": None, "dim": 64, **fields}
+                    row |= {"model": model, "pair": pair, "seed": seed, "run_id": f"{model}{pair}{variant}{seed}"}
+                    for place, letter in enumerate("ab"):
+                        xy = 0.1 + 0.05 * (2 * number + place)
+                        off = 0.02 * rng.standard_normal()
+                        level = 0.1 * (1 + number) * (1 + gains.get(variant, 0.0) / 100 + 0.002 * rng.standard_normal())
+                        row[f"test.{letter}.full.ndcg@10"] = level + slope * off
+                        for point in (0, 1, 2):
+                            has = point in fields["gca"] and "match" not in fields  # type: ignore[operator]
+                            cos = cosine + off + follows * xy
+                            measured = {"cos_mean_abs": cos, "cos_xy_mean_abs": xy + 0.01 * rng.standard_normal()}
+                            measured |= {"null_mean_abs": 0.1, "null_perm_mean_abs": 0.1, "null_init_mean_abs": 0.1}
+                            for name, value in measured.items():
+                                row[f"test.{letter}.gca{point}.{name}"] = value if has else None
+                    rows.append(row)
+    return tables.named(pd.DataFrame(rows))
+
+
+def words(found: pd.DataFrame) -> set[str]:
+    return set(found["verdict"])
+
+
+@pytest.mark.parametrize(("gain", "word"), [(5.0, "confirmed"), (-5.0, "refuted"), (0.0, "undecided")])
+def test_early_cross_attention_is_judged_by_its_gain(gain: float, word: str) -> None:
+    found = claims.early(study({"GCA0": gain}))
+    assert words(found) == {word} and found["ours"].iloc[0] == pytest.approx(gain, abs=0.3)
+    assert found["low"].iloc[0] < found["ours"].iloc[0] < found["high"].iloc[0] and found["runs"].iloc[0] == 9
+
+
+@pytest.mark.parametrize(("gain", "word"), [(5.0, "refuted"), (-5.0, "confirmed")])
+def test_the_widened_baseline_is_what_c4_compares_with(gain: float, word: str) -> None:
+    runs = study({"widened": gain})
+    assert words(claims.matched(runs)) == {word} and words(claims.early(runs)) == {"undecided"}
+
+
+def test_other_widths_do_not_mix_in() -> None:
+    runs = study({"GCA0": 5.0})
+    wide = runs[runs["seed"] == 0].assign(dim=128, **{"test.a.full.ndcg@10": 9.0})
+    both = pd.concat([runs, wide], ignore_index=True)
+    pd.testing.assert_frame_equal(claims.early(both), claims.early(runs))
+    assert (claims.alignment(both)["dim"] == 64).all()
+
+
+@pytest.mark.parametrize(("slope", "word"), [(-1.0, "confirmed"), (1.0, "refuted"), (0.0, "undecided")])
+def test_cosine_and_ranking_are_related_within_pair_and_point(slope: float, word: str) -> None:
+    found = claims.orthogonal_is_better(study({}, slope=slope))
+    assert words(found) == {word} and len(found) == 2  # a row a domain
+
+
+@pytest.mark.parametrize(("cosine", "word"), [(0.15, "confirmed"), (0.4, "refuted"), (0.2, "undecided")])
+def test_the_level_of_the_cosine_is_held_against_the_paper_s_range(cosine: float, word: str) -> None:
+    assert words(claims.same_level(study({}, cosine=cosine))) == {word}
+
+
+def test_depth_is_not_monotone_if_some_step_loses() -> None:
+    rising = {"GCA0": 0.0, "GCA1": 1.0, "GCA0+1": 4.0, "GCA1+2": 6.0, "GCA0+1+2": 9.0}
+    assert words(claims.depth(study(rising))) == {"refuted"}
+    falling = claims.depth(study({**rising, "GCA0+1+2": -3.0}))
+    assert words(falling) == {"confirmed"} and "GCA0+1+2 against GCA0+1" in falling["question"].iloc[0]
+    assert words(claims.depth(study({**rising, "GCA0+1+2": 4.0}))) == {"undecided"}
+
+
+def test_independence_is_refuted_where_one_cosine_follows_the_other() -> None:
+    assert words(claims.independent(study({}, follows=1.0))) == {"refuted"}
+    assert words(claims.independent(study({}))) == {"undecided"}  # six dots cannot show that there is nothing
+
+
+def test_a_claim_about_every_model_falls_with_one() -> None:
+    good, bad = study({"GCA0": 5.0}), study({"GCA0": -5.0}, models=("cdsrnp",))
+    judged = claims.judge(pd.concat([good, bad], ignore_index=True))
+    assert set(judged["claim"]) == set(claims.TEXTS) and list(judged) == claims.COLUMNS
+    overall = claims.overall(judged).set_index("claim")
+    assert overall.at["C1", "verdict"] == "refuted" and overall.at["C1", "confirmed"] == 1
+    assert overall.at["C3", "verdict"] == "confirmed" and overall.at["C2", "verdict"] == "undecided"
+    assert claims.overall(claims.judge(good)).set_index("claim").at["C1", "verdict"] == "confirmed"
+
+
+def test_published_figures_are_those_of_the_paper() -> None:
+    early = claims.published("C1")
+    assert (early["found"] > early["plain"]).all() and set(early["model"]) <= set(tables.NAMES.values())
+    assert (claims.published("C2")["found"] < 0).all() and len(claims.published("C2")) == 4
