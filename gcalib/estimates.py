@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -30,14 +32,12 @@ def estimate(configs: Sequence[RunConfig], stored: pd.DataFrame) -> pd.DataFrame
         operations alone).
     """
     known = stored[stored["seconds"] > 0] if len(stored) else stored
+    learned = {model: _learn(known, model) for model in dict.fromkeys(config.model for config in configs)}
     rows = []
-    rates: dict[str, tuple[float, float, int]] = {}
     for config in configs:
-        if config.model not in rates:
-            rates[config.model] = _learn(known, config.model)
-        rate, epochs_share, count = rates[config.model]
-        seconds = rate * operations(config) * epochs_share * config.epochs
-        rows.append({"seconds": seconds, "bytes": _bytes(config), "learned_from": count})
+        rate, epochs, count = learned[config.model]
+        epochs = min(epochs, config.epochs) if count else EPOCHS_SHARE * config.epochs
+        rows.append({"seconds": rate * operations(config) * epochs, "bytes": _bytes(config), "learned_from": count})
     return pd.DataFrame(rows, columns=["seconds", "bytes", "learned_from"])
 
 
@@ -47,35 +47,40 @@ def operations(config: RunConfig) -> float:
         return 0.0
     d, layers = config.dim, config.layers or 1
     crossed = 1 + 0.5 * len(config.gca)
-    return _events(config) * 6.0 * (16 * d * d * layers * crossed + 2 * d * config.negatives)
-
-
-def _events(config: RunConfig) -> int:
-    try:
-        return int(pair_of(config).offsets[-1])
-    except (DataError, ValueError):
-        return 200_000  # an Amazon pair of common size
+    return _size(config)[0] * 6.0 * (16 * d * d * layers * crossed + 2 * d * config.negatives)
 
 
 def _bytes(config: RunConfig) -> float:
-    try:
-        items = sum(pair_of(config).num_items)
-    except (DataError, ValueError):
-        items = 30_000
     rows = config.batch_size * config.max_length / 2
     # the tables with their gradients, two moments and the best epoch; activations; logits of both domains
-    return BYTES_AT_REST + 20.0 * items * config.dim + rows * (300.0 * config.dim + 12.0 * config.negatives)
+    tables = 20.0 * _size(config)[1] * config.dim
+    return BYTES_AT_REST + tables + rows * (300.0 * config.dim + 12.0 * config.negatives)
+
+
+def _size(config: RunConfig) -> tuple[int, int]:
+    """Events and items of a config's pair."""
+    return _size_of(config.pair, config.max_length, config.min_per_domain)
+
+
+@functools.lru_cache  # the order of ties changes no size, and a pair that is not here is asked for once
+def _size_of(pair: str, max_length: int, min_per_domain: int | None) -> tuple[int, int]:
+    try:
+        fields = {"pair": pair, "max_length": max_length, "min_per_domain": min_per_domain}
+        found = pair_of(RunConfig(**fields))  # type: ignore[arg-type]
+    except (DataError, ValueError):
+        return 200_000, 30_000  # an Amazon pair of common size
+    return int(found.offsets[-1]), sum(found.num_items)
 
 
 def _learn(known: pd.DataFrame, model: str) -> tuple[float, float, int]:
-    """Seconds an operation, share of the epochs, and the number of runs they come from."""
+    """Of the stored runs of a model: seconds an operation, epochs until one stops by itself, how many they are."""
     same = known[(known["model"] == model) & (known["epochs_trained"] > 0)] if len(known) else known
     if not len(same):
-        return SECONDS_PER_OPERATION, EPOCHS_SHARE, 0
-    rates, shares = [], []
+        return SECONDS_PER_OPERATION, 0.0, 0
+    rates = []
     for row in same.to_dict("records"):
         fields = {name: row[name] for name in ("pair", "model", "gca", "dim", "negatives", "ties", "max_length")}
         work = operations(RunConfig(**fields, heads=1, self_heads=1)) * row["epochs_trained"]
         rates.append(row["seconds"] / work)
-        shares.append(row["epochs_trained"] / row["epochs"])
-    return float(pd.Series(rates).median()), float(pd.Series(shares).median()), len(same)
+    stopped = same.loc[same["stopped_early"].astype(bool), "epochs_trained"]
+    return float(pd.Series(rates).median()), float(stopped.median()) if len(stopped) else math.inf, len(same)
