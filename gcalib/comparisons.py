@@ -46,21 +46,28 @@ def metric_with_intervals(
 
 
 def differences(
-    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", row: str = "case", columns: int = 0
+    frame: pd.DataFrame,
+    *,
+    metric: str,
+    title: str,
+    subtitle: str = "",
+    row: str = "case",
+    panel: str = "domain",
+    columns: int = 0,
 ) -> alt.FacetChart:
-    """Mean differences with their intervals about the line of no difference, a row a case, a panel a domain.
+    """Mean differences with their intervals about the line of no difference, a row a case, in panels.
 
     Parameters
     ----------
     frame
-        As of `gcalib.stats.paired_difference`: the column named by `row`, `domain`, `mean`, `low`, `high`; without
+        As of `gcalib.stats.paired_difference`: the columns named by `row` and `panel`, `mean`, `low`, `high`; without
         bounds, the dot stands alone and decides nothing.
     metric
         What the numbers are, for the axis, with the unit.
     columns
         Panels side by side; by default all.
     """
-    check(frame, row, "domain", "mean", "low", "high")
+    check(frame, row, panel, "mean", "low", "high")
     words = ["gain", "loss", "undecided"]
     table = frame.assign(decided=np.select([frame["low"] > 0, frame["high"] < 0], words[:2], words[2]))
     axis: dict[str, Any] = {"title": metric, "axis": alt.Axis(tickCount=5)}
@@ -72,7 +79,7 @@ def differences(
     dots = base.mark_point(opacity=1, size=70).encode(alt.X("mean:Q", **axis), colour)
     zero = drawn.mark_rule(color=GREY, strokeDash=[4, 3]).encode(alt.X(datum=0, title=metric))
     panels = zero + bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q"), colour) + dots
-    return titled(facet(panels, "domain", frame["domain"].unique(), columns), title, subtitle)
+    return titled(facet(panels, panel, frame[panel].unique(), columns), title, subtitle)
 
 
 def against_nulls(

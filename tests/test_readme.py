@@ -1,0 +1,49 @@
+"""The README says what the committed benchmarks and files say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+
+def row(beginning: str) -> str:
+    """The result in the row of the speed table that begins so."""
+    (found,) = re.findall(rf"^\| {re.escape(beginning)}[^|]*\| ([^|]+) \|", README, re.MULTILINE)
+    return str(found)
+
+
+def test_the_speed_table_is_that_of_the_kept_runs() -> None:
+    run, other = benchmark("step"), benchmark("step_bf16")["step"]
+    step, loading = run["step"], run["loading"]
+    plain, crossed = (step[f"gca={gca} fp32"] for gca in ("()", "(0,)"))
+    half, half_crossed = other["gca=() bf16"], step["gca=(0,) bf16"]
+    faster = "{:.1f} times faster ({:.1f} with GCA0)".format
+    assert row("fp32 step against") == faster(plain["times_faster"], crossed["times_faster"])
+    assert row("bf16 step against") == faster(half["times_faster"], half_crossed["times_faster"])
+    assert row("fp32 step, share") == f"{plain['share_of_peak']:.0%}"
+    assert row("bf16 step, share") == f"{half['share_of_peak']:.0%} ({half_crossed['share_of_peak']:.0%} with GCA0)"
+    assert row("peak memory") == f"{max(run['peak_memory_bytes'].values()) / 1e9:.1f} GB"
+    assert row("full ranking") == f"{run['ranking']['ratio']:.1f} times"
+    assert row("loading") == f"{loading['load_s']:.1f} s"
+    assert row("`import gcalib`") == f"{loading['import_s']:.1f} s, of which torch {loading['torch_share']:.0%}"
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_every_file_that_it_links_to_is_there(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_every_notebook_is_listed() -> None:
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"(notebooks/{path.name})" in README
