@@ -47,7 +47,8 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
     -------
     dict
         The config's fields, `run_id`, `params_*` (see `parameter_counts`), `flops_per_step`,
-        `seconds`, `peak_memory_bytes`, `epochs_trained`, `best_epoch`, `stopped_early` (False: cut by `epochs`),
+        `seconds`, `peak_memory_bytes` (the process's, so of all seeds that it ran at once), `epochs_trained`,
+        `best_epoch`, `stopped_early` (False: cut by `epochs`),
         `code_version`, `results_version`, `data_sha256`, `clock` (False: a per-domain
         pair, whose contexts may be later than their targets), and `<split>.<domain>...` figures of the best epoch
         (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs`, from untrained cross-attention).

@@ -9,8 +9,8 @@ This is no batched model of stacked parameters (`torch.func`, or batched product
 whose packed rows differ in number. Stacked, all would be padded to the largest: on Food-Kitchen, four seeds at batch
 256, to 1.7 times the rows and 2.3 times the cells of attention. And each model would need a second form, whose shapes
 depend on no data and whose dropout is drawn for the rows that are no pads. The price: the host still launches the
-kernels of each seed by themselves. Where the host is what a small model waits for, processes that share the GPU
-(`workers`) can overlap that, and turns cannot.
+kernels of each seed by themselves, and an evaluation goes in one turn. Where the host is what a small model waits for,
+processes that share the GPU (`workers`) can overlap that, and turns cannot.
 """
 
 from __future__ import annotations
