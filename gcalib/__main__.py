@@ -64,6 +64,7 @@ def grid(
     gpus: Annotated[float, typer.Option(help="ray: GPUs that a run needs, such as 0.25")] = 0,
     gather: Annotated[bool, typer.Option(help="ray: the nodes do not see the store; bring records here")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    seeds_at_once: Annotated[int, typer.Option(help="seeds of a config in one process, in turns; for a GPU")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, run nothing")] = False,
 ) -> None:
     """Run the grid of a profile: what is stored is not run again, what was interrupted goes on."""
@@ -88,6 +89,7 @@ def grid(
     )
     if not dry_run:
         extra = {"cpus": cpus, "gpus": gpus, "gather": gather} if engine == "ray" else {}
+        extra["seeds_at_once"] = seeds_at_once
         try:
             run_grid(configs, asked.store, engine=engine, workers=workers, device=device, **extra)  # type: ignore[arg-type]
         except Interrupted as error:

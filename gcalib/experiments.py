@@ -7,6 +7,7 @@ import functools
 import logging
 import resource
 import sys
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from gcalib.models import Recommender, build_model, matched
 from gcalib.models.cost import flops_per_step, parameter_counts
 from gcalib.records import RESULTS_VERSION, trace
 from gcalib.store import RunStore
-from gcalib.training import fit, pick_device
+from gcalib.training import finish, fit_in_steps, pick_device
 
 log = logging.getLogger("gcalib")
+
 
 @functools.lru_cache(maxsize=4)
 def _pair(name: str, ties: str, tie_seed: int, max_length: int, min_per_domain: int | None) -> Pair:
@@ -45,7 +47,8 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
     -------
     dict
         The config's fields, `run_id`, `params_*` (see `parameter_counts`), `flops_per_step`,
-        `seconds`, `peak_memory_bytes`, `epochs_trained`, `best_epoch`, `stopped_early` (False: cut by `epochs`),
+        `seconds`, `peak_memory_bytes` (the process's, so of all seeds that it ran at once), `epochs_trained`,
+        `best_epoch`, `stopped_early` (False: cut by `epochs`),
         `code_version`, `results_version`, `data_sha256`, `clock` (False: a per-domain
         pair, whose contexts may be later than their targets), and `<split>.<domain>...` figures of the best epoch
         (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs`, from untrained cross-attention).
@@ -57,6 +60,13 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
     ValueError
         If the data is bad, or missing while the store has no such run.
     """
+    return finish(run_in_steps(config, store, device=device))
+
+
+def run_in_steps(
+    config: RunConfig, store: str | Path = "results", *, device: str = "auto"
+) -> Generator[None, None, dict[str, Any]]:
+    """`run`, with a pause after each training step (see `gcalib.training.fit_in_steps`); the run is held meanwhile."""
     config = config.canonical()
     runs = RunStore(store)
     try:
@@ -70,8 +80,9 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
     if (record := runs.get(name)) is None:
         with runs.lock(name):
             if runs.get(name) is None:
-                runs.put(*_compute(config, pair, name, runs.checkpoint_path(name), pick_device(device)))
-                runs.checkpoint_path(name).unlink(missing_ok=True)
+                checkpoint = runs.checkpoint_path(name)
+                runs.put(*(yield from _compute(config, pair, name, checkpoint, pick_device(device))))
+                checkpoint.unlink(missing_ok=True)
         record = runs.get(name)
         assert record is not None, f"{name} was stored a moment ago and is gone"
     trace([record])
@@ -80,11 +91,11 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
 
 def _compute(
     config: RunConfig, pair: Pair, name: str, checkpoint: Path, device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
+) -> Generator[None, None, tuple[dict[str, Any], list[dict[str, float]]]]:
     _reset_peak_memory(device)
     twin = matched(config, pair) if config.match else None
     trained = twin.config if twin else config  # what is built and trained; the record keeps what was asked for
-    done = fit(trained, pair, device=device, checkpoint=checkpoint)
+    done = yield from fit_in_steps(trained, pair, device, checkpoint)
     model = done.model
     figures: dict[str, float] = {}
     for split in ("val", "test"):

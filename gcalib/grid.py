@@ -24,6 +24,7 @@ from gcalib.data.pair import DataError
 from gcalib.estimates import estimate
 from gcalib.experiments import pair_of, run
 from gcalib.records import RESULTS_VERSION, trace
+from gcalib.seeds import grouped, run_seeds
 from gcalib.store import RunStore
 
 log = logging.getLogger("gcalib")
@@ -56,6 +57,7 @@ def run_grid(
     engine: Literal["local", "ray"] = "local",
     workers: int = 1,
     device: str = "auto",
+    seeds_at_once: int = 1,
     **cluster: Any,
 ) -> pd.DataFrame:
     """Run every config that the store does not hold; return all their records, one row each, in the order given.
@@ -68,6 +70,9 @@ def run_grid(
         `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install 'gcalib[cluster]'`).
     workers
         Local processes; they share the machine's cores evenly.
+    seeds_at_once
+        Local: configs that differ by their seed alone run in one process in turns, this many at once
+        (`gcalib.seeds`). It is meant for small models on a large GPU; the records are the same.
     cluster
         With `engine="ray"` only, see `gcalib.cluster.outcomes`: `cpus` and `gpus` (fractions are allowed) that a run
         needs, `gather`, `address`.
@@ -85,6 +90,8 @@ def run_grid(
         raise ValueError(f"engine={engine!r} is unknown; the engines are local and ray.")
     if engine == "local" and cluster:
         raise ValueError(f"{', '.join(sorted(cluster))}: read by engine='ray' only.")
+    if seeds_at_once < 1 or (engine == "ray" and seeds_at_once > 1):
+        raise ValueError(f"seeds_at_once={seeds_at_once}: it must be 1 or more, and is read by engine='local' only.")
     asked = [config.canonical() for config in configs]
     unique = list(dict.fromkeys(asked))
     runs = RunStore(store)
@@ -100,8 +107,9 @@ def run_grid(
 
             outcomes = ray_cluster.outcomes(list(expected), store, device=device, **cluster)
         else:
-            outcomes = _alone(list(expected), store, device) if workers == 1 or len(waiting) == 1 else (
-                _shared(list(expected), store, workers, device)
+            groups = grouped(expected, seeds_at_once)
+            outcomes = _alone(groups, store, device) if workers == 1 or len(groups) == 1 else (
+                _shared(groups, store, workers, device)
             )  # fmt: skip
         for config, outcome in _shown(outcomes, expected):
             if isinstance(outcome, BaseException):
@@ -149,26 +157,36 @@ def _shown(
             yield config, outcome
 
 
-def _alone(configs: list[RunConfig], store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
-    for config in configs:
-        try:
-            yield config, run(config, store, device=device)["run_id"]
-        except KeyboardInterrupt:
-            raise Interrupted from None
-        except Exception as error:
-            yield config, error
+def _alone(groups: list[list[RunConfig]], store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
+    try:
+        for group in groups:
+            yield from _run(group, store, device)
+    except KeyboardInterrupt:
+        raise Interrupted from None
+
+
+def _run(group: list[RunConfig], store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
+    """Run a config, or several that differ by their seed."""
+    if len(group) > 1:
+        yield from run_seeds(group, store, device=device)
+        return
+    try:
+        outcome: Outcome = run(group[0], store, device=device)["run_id"]
+    except Exception as error:
+        outcome = error
+    yield group[0], outcome
 
 
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    config: RunConfig | None = None
+    runs: dict[int, RunConfig] = field(default_factory=dict)  # what it has yet to answer for, by seed
 
 
 @dataclass
 class _Pool:
-    """Processes that run configs one after the other, replaced when they die."""
+    """Processes that run groups of configs one after the other, replaced when they die."""
 
     store: str | Path
     device: str
@@ -190,7 +208,7 @@ class _Pool:
     def stop(self) -> None:
         for worker in self.workers:
             worker.pipe.close()
-            if worker.config is not None:
+            if worker.runs:
                 worker.process.terminate()
         for worker in self.workers:
             worker.process.join(5)
@@ -210,7 +228,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
-    """What a worker does until its pipe ends: run a config, say how it went."""
+    """What a worker does until its pipe ends: run a group of configs, say of each seed how it went."""
     import signal
 
     import torch
@@ -220,57 +238,53 @@ def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     while True:
         try:
-            config = RunConfig(**pipe.recv())
+            group = [RunConfig(**fields) for fields in pipe.recv()]
         except EOFError:
             return
-        try:
-            outcome: Outcome = run(config, store, device=device)["run_id"]
-        except Exception as error:
+        for config, outcome in _run(group, store, device):
             try:
-                pipe.send(error)
-            except Exception:  # one that cannot be sent is sent as what it says
-                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
-        else:
-            pipe.send(outcome)
+                pipe.send((config.seed, outcome))
+            except Exception:  # an error that cannot be sent is sent as what it says
+                pipe.send((config.seed, RuntimeError(f"{type(outcome).__name__}: {outcome}")))
 
 
 def _shared(
-    configs: list[RunConfig], store: str | Path, workers: int, device: str
+    groups: list[list[RunConfig]], store: str | Path, workers: int, device: str
 ) -> Iterator[tuple[RunConfig, Outcome]]:
-    """Hand out configs in order; a run whose process dies is tried again, once."""
-    todo, deaths = deque(configs), dict.fromkeys(configs, 0)
+    """Hand out groups in order; a run whose process dies is tried again, once, and by itself."""
+    todo, deaths = deque(groups), dict.fromkeys((config for group in groups for config in group), 0)
     pool = _Pool(store, device, max(1, (os.cpu_count() or 1) // workers))
     try:
-        for _ in range(min(workers, len(configs))):
+        for _ in range(min(workers, len(groups))):
             pool.start()
-        while todo or any(worker.config for worker in pool.workers):
+        while todo or any(worker.runs for worker in pool.workers):
             for worker in pool.workers:
-                if worker.config is None and todo:
-                    worker.config = todo.popleft()
-                    worker.pipe.send(worker.config.model_dump())
-            busy = {worker.pipe: worker for worker in pool.workers if worker.config}
+                if not worker.runs and todo:
+                    worker.runs = {config.seed: config for config in todo.popleft()}
+                    worker.pipe.send([config.model_dump() for config in worker.runs.values()])
+            busy = {worker.pipe: worker for worker in pool.workers if worker.runs}
             for pipe in multiprocessing.connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
-                config, worker.config = worker.config, None
-                assert config is not None
                 try:
-                    yield config, worker.pipe.recv()
+                    seed, outcome = worker.pipe.recv()
+                    yield worker.runs.pop(seed), outcome
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     pool.workers.remove(worker)
-                    deaths[config] += 1
-                    if deaths[config] < ATTEMPTS:
-                        log.warning("A worker died (exit code %s); its run starts again.", worker.process.exitcode)
-                        todo.append(config)
-                    else:
-                        code = worker.process.exitcode
-                        yield (
-                            config,
-                            RuntimeError(
-                                f"the process that ran it died {ATTEMPTS} times, last with exit code {code}; "
-                                "-9 is often the system's answer to too little memory"
-                            ),
-                        )
+                    code = worker.process.exitcode
+                    for config in worker.runs.values():
+                        deaths[config] += 1
+                        if deaths[config] < ATTEMPTS:
+                            log.warning("A worker died (exit code %s); its run starts again.", code)
+                            todo.append([config])
+                        else:
+                            yield (
+                                config,
+                                RuntimeError(
+                                    f"the process that ran it died {ATTEMPTS} times, last with exit code {code}; "
+                                    "-9 is often the system's answer to too little memory"
+                                ),
+                            )
                     if todo:
                         pool.start()
     except KeyboardInterrupt:

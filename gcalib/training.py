@@ -10,10 +10,11 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from gcalib.evaluation import evaluate
 from gcalib.models import MODELS, Recommender, build_model
 
 log = logging.getLogger("gcalib")
+T = TypeVar("T")
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 TRIM_ABOVE = 1.8e9  # bytes held between two steps
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -34,6 +36,15 @@ _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 
 class DivergedError(RuntimeError):
     """A run whose loss stopped being a number; nothing of it is recorded."""
+
+
+def finish(steps: Generator[None, None, T]) -> T:
+    """Do in one go what pauses between its steps (`Trainer.steps`, `fit_in_steps`); returns what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -126,6 +137,10 @@ class Trainer:
         DivergedError
             As soon as an epoch's loss is not finite.
         """
+        return finish(self.steps(lr))
+
+    def steps(self, lr: float) -> Generator[None, None, dict[str, float]]:
+        """`epoch`, with a pause after each step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
@@ -134,6 +149,7 @@ class Trainer:
             for name, loss in self.step(users).items():
                 total[name] = total.get(name, 0.0) + loss.float() * (len(users) / len(self.lengths))
             _return_memory()
+            yield
         means = {f"loss_{name}": float(loss) for name, loss in total.items()}
         if not math.isfinite(sum(means.values())):
             raise DivergedError(f"The loss is no longer finite at learning rate {lr:g}: lower lr, or warm up longer.")
@@ -178,13 +194,59 @@ def fit(
         If the loss stops being finite.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        return _fit(config, pair, device, checkpoint, on_epoch)
+    return finish(fit_in_steps(config, pair, device, checkpoint, on_epoch))
+
+
+def fit_in_steps(
+    config: RunConfig,
+    pair: Pair,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+) -> Generator[None, None, Fit]:
+    """`fit`, with a pause after each training step, in which the process may do anything else, as train another model.
+
+    Between two steps torch's random generators are the caller's, and the run's clock stands still.
+    """
+    clock, own_rng = _Clock(), None
+    steps = _fit(config, pair, device, checkpoint, on_epoch, clock)
+    while True:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
+            if own_rng is not None:
+                _set_rng(own_rng, device)
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            own_rng = _rng(device)
+        with clock.stopped():
+            yield
+
+
+class _Clock:
+    """Seconds that pass while it is not stopped."""
+
+    def __init__(self) -> None:
+        self.pauses = 0.0
+
+    def now(self) -> float:
+        return time.perf_counter() - self.pauses
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.pauses += time.perf_counter() - began
 
 
 def _fit(
-    config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path | None, on_epoch: Callable[[int], None] | None
-) -> Fit:
+    config: RunConfig,
+    pair: Pair,
+    device: torch.device,
+    checkpoint: Path | None,
+    on_epoch: Callable[[int], None] | None,
+    clock: _Clock,
+) -> Generator[None, None, Fit]:
     torch.manual_seed(config.seed)
     if not MODELS[config.model].trained:
         return _counted(config, pair)
@@ -200,7 +262,7 @@ def _fit(
         else:
             state, best_model = _restore(content, checkpoint, trainer)
             log.info("%s: resumed after epoch %d", checkpoint.stem, state.epoch)
-    started, saved, save_cost = time.perf_counter() - state.seconds, -math.inf, 0.0
+    started, saved, save_cost = clock.now() - state.seconds, -math.inf, 0.0
     protocols = tuple({"full", config.select})
 
     def validate() -> dict[str, float]:
@@ -214,7 +276,8 @@ def _fit(
     bar = tqdm(total=config.epochs, initial=state.epoch, unit="epoch", disable=not sys.stderr.isatty(), leave=False)
     while state.epoch < config.epochs and state.waited < config.stop_patience:
         state.epoch += 1
-        row = {"epoch": state.epoch, **trainer.epoch(learning_rate(config, state.epoch, state.cuts)), **validate()}
+        losses = yield from trainer.steps(learning_rate(config, state.epoch, state.cuts))
+        row = {"epoch": state.epoch, **losses, **validate()}
         state.curves.append(row)
         quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
         if quality > state.best:
@@ -225,11 +288,11 @@ def _fit(
             state.waited_at_lr += 1
             if state.waited_at_lr > config.plateau_patience:
                 state.cuts, state.waited_at_lr = state.cuts + 1, 0
-        state.seconds = time.perf_counter() - started
-        now = time.perf_counter()
+        now = clock.now()
+        state.seconds = now - started
         if checkpoint is not None and save_cost <= CHECKPOINT_SHARE * (now - saved):
             _save(checkpoint, trainer, state, best_model)
-            saved, save_cost = now, time.perf_counter() - now
+            saved, save_cost = now, clock.now() - now
         loss = sum(value for name, value in row.items() if name.startswith("loss_"))
         log.info(
             "%s epoch %d: loss %.4f, val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s",
@@ -243,8 +306,7 @@ def _fit(
     bar.close()
     trainer.model.load_state_dict(best_model)
     return Fit(
-        trainer.model, state.curves, state.best_epoch, state.waited >= config.stop_patience,
-        time.perf_counter() - started,
+        trainer.model, state.curves, state.best_epoch, state.waited >= config.stop_patience, clock.now() - started
     )  # fmt: skip
 
 
@@ -253,6 +315,20 @@ def _counted(config: RunConfig, pair: Pair) -> Fit:
     started, model = time.perf_counter(), build_model(config, pair)
     found = {f"val.{name}": value for name, value in evaluate(model, pair, "val").items()}
     return Fit(model, [{"epoch": 0, **found}], 0, True, time.perf_counter() - started)
+
+
+def _rng(device: torch.device) -> dict[str, Tensor | None]:
+    """State of torch's generators, as a checkpoint keeps it."""
+    return {
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+    }
+
+
+def _set_rng(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch_rng"])
+    if device.type == "cuda" and states["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(states["cuda_rng"])
 
 
 def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Tensor]) -> None:
@@ -264,8 +340,7 @@ def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Ten
         "model": trainer.model.state_dict(),
         "best_model": best_model,
         "optimizer": trainer.optimizer.state_dict(),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if trainer.device.type == "cuda" else None,
+        **_rng(trainer.device),
         "sampler": trainer.rng.bit_generator.state,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,9 +360,7 @@ def _restore(content: dict[str, Any], path: Path, trainer: Trainer) -> tuple[_St
         raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one anew.")
     trainer.model.load_state_dict(content["model"])
     trainer.optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["torch_rng"])
-    if trainer.device.type == "cuda" and content["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(content["cuda_rng"])
+    _set_rng(content, trainer.device)
     trainer.rng.bit_generator.state = content["sampler"]
     best_model = {name: tensor.to(trainer.device) for name, tensor in content["best_model"].items()}
     return _State(**content["state"]), best_model

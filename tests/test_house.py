@@ -37,7 +37,7 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["experiments"],
-    ["estimates"],
+    ["estimates", "seeds"],
     ["cluster"],
     ["grid"],
     ["rendering", "stats", "relations", "tables", "shelf"],
