@@ -40,7 +40,7 @@ FLOORS = [
     ["estimates"],
     ["cluster"],
     ["grid"],
-    ["rendering", "stats", "shelf"],
+    ["rendering", "stats", "pages", "shelf"],
     ["diagrams"],
     ["charts"],
     ["__init__"],
