@@ -112,9 +112,8 @@ def to_html(page: Page, pages: Sequence[Page] = ()) -> str:
         for output in cell.get("outputs", []):
             if "data" in output:
                 output.data = _shown(output.data, output.metadata.get("image/png", {}))
-    exporter = HTMLExporter(
-        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True
-    )
+    # Not embed_images: it parses each tag of the Markdown by itself, which tears <math> and <details> to pieces.
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body: str = exporter.from_notebook_node(notebook)[0]
     body = re.sub(r"<table.*?</table>", r'<div class="wide">\g<0></div>', body, flags=re.DOTALL)
     names = {one.name for one in pages}
@@ -196,7 +195,7 @@ def _sentences(data: dict[str, Any]) -> Iterator[str]:
     if "text/markdown" in data:
         yield data["text/markdown"]
     elif isinstance(title := data.get(VEGALITE, {}).get("title"), dict):
-        yield f"{title['text']} ({title['subtitle']})." if "subtitle" in title else f"{title['text']}."
+        yield f"{title['text']}: {title['subtitle']}." if "subtitle" in title else f"{title['text']}."
 
 
 def _short(title: str) -> str:
@@ -212,7 +211,8 @@ def _with_formulas(text: str) -> str:
         code, block, inline = match.groups()
         if code is not None:
             return code
-        math = latex2mathml.converter.convert((block or inline).strip(), display="block" if block else "inline")
+        tex = (block or inline).strip().replace("{aligned}", "{split}")  # the same, by the name that latex2mathml knows
+        math = latex2mathml.converter.convert(tex, display="block" if block else "inline")
         return f'<span class="wide">{math}</span>' if block else math
 
     return _MATH.sub(formula, text)
