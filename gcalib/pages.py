@@ -55,6 +55,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
 _MATH = re.compile(
     r"(```.*?```|`[^`\n]*`)" r"|\$\$(.+?)\$\$" r"|(?<![\\\w$])\$([^\s$](?:[^$\n]*[^\s$])?)\$(?![\w$])", re.DOTALL
 )
+_PRIME = re.compile(r"<msup>(<mi>\w+</mi>)<mi>&#x02032;</mi></msup>")
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ def _with_formulas(text: str) -> str:
             return code
         tex = (block or inline).strip().replace("{aligned}", "{split}")  # the same, by the name that latex2mathml knows
         math = latex2mathml.converter.convert(tex, display="block" if block else "inline")
+        # As an exponent, a prime can hardly be seen in a font that is not made for formulas; beside the letter it can.
+        math = _PRIME.sub(r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>', math)
         return f'<span class="wide">{math}</span>' if block else math
 
     return _MATH.sub(formula, text)
