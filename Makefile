@@ -7,7 +7,7 @@ PROFILE ?= params/smoke.yaml
 PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup notebooks test lint lab bench commit-notebooks clean
+.PHONY: help setup notebooks site test browser-test lint lab bench commit-notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
@@ -26,8 +26,14 @@ $(READY): pyproject.toml constraints.txt
 notebooks: $(READY)  ## execute the notebooks (PROFILE=params/<name>.yaml) into build/notebooks/index.html
 	@$(BIN)/python -m gcalib notebooks --profile $(PROFILE)
 
-test: $(READY)  ## run the tests
+site: $(READY)  ## the executed notebooks as web pages that work offline, into build/site/index.html
+	@$(BIN)/python -m gcalib site
+
+test: $(READY)  ## run the tests, all but those in a browser
 	@$(BIN)/python -m pytest -q
+
+browser-test: $(READY)  ## look at the site and at JupyterLab in headless Chromium, which must be installed
+	@$(BIN)/python -m pytest -q -m browser
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `python -m gcalib pairs | run | grid | notebooks | results | compact | bench`."""
+"""The command line: `python -m gcalib pairs | run | grid | notebooks | site | results | compact | bench`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,16 @@ def notebooks(
     if failed := sum(outcome.error is not None for outcome in outcomes):
         typer.echo(f"{failed} of {len(outcomes)} notebooks failed")
         raise typer.Exit(1)
+
+
+@app.command()
+def site(out: Annotated[Path, typer.Option(help="folder of the pages")] = Path("build/site")) -> None:
+    """Write the executed notebooks as web pages that work offline, with a front page; execute nothing."""
+    from gcalib import pages, shelf
+
+    if not (paths := shelf.notebooks()):
+        raise ValueError("There is no notebooks/ folder with notebooks here: run this in the root of the repository.")
+    typer.echo(f"Open {pages.write_site(paths, out)}")
 
 
 @app.command()

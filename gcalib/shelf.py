@@ -24,12 +24,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import latex2mathml.converter
 import nbformat
 import papermill
-from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
+from gcalib.pages import Page, frame, to_html
 from gcalib.records import record_sha256
 from gcalib.store import RunStore
 
@@ -76,6 +75,7 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None) -> Ite
     profile
         Injected as the notebooks' parameter; None leaves what each of them names.
     """
+    pages = [Page.read(path) for path in paths]
     for path in paths:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +86,7 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None) -> Ite
                 if out is not None:
                     out.mkdir(parents=True, exist_ok=True)
                     nbformat.write(notebook, out / path.name)
-                    (out / f"{path.stem}.html").write_text(to_html(notebook, path.stem), encoding="utf-8")
+                    (out / f"{path.stem}.html").write_text(to_html(Page(path.stem, notebook), pages), encoding="utf-8")
                 elif error is None:
                     notebook.metadata["gcalib"] = _provenance(notebook, trace)
                     nbformat.write(notebook, path)
@@ -143,7 +143,7 @@ def results_sha256(records: dict[str, str]) -> str:
 
 def _provenance(notebook: NotebookNode, trace: Path) -> dict[str, Any]:
     used = dict(line.split() for line in trace.read_text().splitlines()) if trace.exists() else {}
-    found = re.search(r"^profile = [\"'](.+)[\"']", _parameters(notebook), re.MULTILINE)
+    found = re.search(r"^profile = [\"'](.+?)[\"']", _parameters(notebook), re.MULTILINE)
     return {
         "profile": found.group(1) if found else None,
         "source_sha256": source_sha256(notebook),
@@ -184,32 +184,6 @@ def faults(path: Path, store: str | Path = "results") -> list[str]:
     return [f"{path.name}: {sentence}." for sentence, wrong in checks.items() if wrong]
 
 
-# code, which stays as it is, or a formula between $$ and $$, or one between $ and $
-_MATH = re.compile(
-    r"(```.*?```|`[^`\n]*`)" r"|\$\$(.+?)\$\$" r"|(?<![\\\w$])\$([^\s$](?:[^$\n]*[^\s$])?)\$(?![\w$])", re.DOTALL
-)
-
-
-def to_html(notebook: NotebookNode, title: str) -> str:
-    """One self-contained page that asks no other host for anything: formulas are MathML, pictures are inlined."""
-
-    def formula(match: re.Match[str]) -> str:
-        code, block, inline = match.groups()
-        if code is not None:
-            return code
-        display = "block" if block is not None else "inline"
-        return latex2mathml.converter.convert((block or inline).strip(), display=display)
-
-    page = nbformat.from_dict(notebook)
-    for cell in page.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _MATH.sub(formula, cell.source)
-    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
-    body: str = exporter.from_notebook_node(page, resources={"metadata": {"name": title}})[0]
-    # what remains of loaders whose addresses were emptied above
-    return re.sub(r"<script[^>]*\ssrc=\"\"[^>]*></script>", "", body)
-
-
 def write_index(outcomes: Sequence[Outcome], out: Path, profile: str) -> Path:
     """`index.html` with a line for each notebook: status, time, link."""
     rows = "\n".join(
@@ -217,16 +191,11 @@ def write_index(outcomes: Sequence[Outcome], out: Path, profile: str) -> Path:
         f"<td>{'failed: ' + escape(o.error) if o.error else 'executed'}</td><td>{o.seconds:.0f} s</td></tr>"
         for o in outcomes
     )
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>gcalib notebooks</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}}
-td,th{{text-align:left;padding:.3rem 1rem .3rem 0;vertical-align:top}}</style>
-<h1>gcalib notebooks</h1><p>Executed with the profile <b>{escape(profile)}</b>.</p>
-<table><tr><th>Notebook</th><th>Status</th><th>Time</th></tr>
+    body = f"""<h1>Notebooks</h1><p>Executed with the profile <b>{escape(profile)}</b>.</p>
+<div class="wide"><table><tr><th>Notebook</th><th>Status</th><th>Time</th></tr>
 {rows}
-</table></html>
-"""
+</table></div>"""
     out.mkdir(parents=True, exist_ok=True)
     index = out / "index.html"
-    index.write_text(page, encoding="utf-8")
+    index.write_text(frame("Notebooks", body), encoding="utf-8")
     return index
