@@ -41,6 +41,8 @@ FLOORS = [
     ["cluster"],
     ["grid"],
     ["rendering", "stats", "relations", "tables", "pages", "shelf"],
+    ["marks", "claims"],
+    ["diagrams", "comparisons"],
     ["charts"],
     ["__init__"],
     ["__main__"],
