@@ -148,10 +148,11 @@ def scatter(
     """
     check(frame, x, y, colour, panel)
     names = frame[colour].unique().tolist()
-    base = base_of(frame[[x, y, colour, panel]], width=230, height=190).encode(
+    legend = None if colour == panel else alt.Legend(orient="top", columns=3)
+    base = base_of(frame[list(dict.fromkeys([x, y, colour, panel]))], width=200, height=150).encode(
         alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5, grid=False)),
         alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
-        alt.Color(f"{colour}:N", title=None, sort=names, legend=alt.Legend(orient="top", columns=3)),
+        alt.Color(f"{colour}:N", title=None, sort=names, legend=legend),
     )  # fmt: skip
     through = base.transform_regression(x, y, groupby=[colour]).mark_line(strokeWidth=1.5, opacity=0.8)
     faceted = facet(base.mark_point(opacity=0.75, size=40) + through, panel, frame[panel].unique(), columns)
@@ -178,7 +179,9 @@ def size_and_quality(
     y: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
     lines = base.mark_line(point=alt.OverlayMarkDef(opacity=1, size=50)).encode(alt.Y("mean:Q", **y))
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.6)
-    panels = bars.encode(alt.Y("low:Q", **y), alt.Y2("high:Q")) + lines
+    # a layer without any bar would leave the axes of Vega-Lite without a place
+    bounded = bool(frame["low"].notna().any())
+    panels = bars.encode(alt.Y("low:Q", **y), alt.Y2("high:Q")) + lines if bounded else alt.layer(lines)
     return titled(facet(panels, "domain", frame["domain"].unique()).resolve_scale(y="independent"), title, subtitle)
 
 

@@ -42,7 +42,8 @@ def facet(chart: Any, column: str, names: Iterable[Any], columns: int = 0) -> al
     """Panels in the order of `names`."""
     panels = list(names)
     facet = alt.Facet(f"{column}:N", title=None, sort=panels)
-    faceted: alt.FacetChart = chart.facet(facet, columns=columns or len(panels))
+    # wide enough apart that the last label of an axis does not touch the first of the next
+    faceted: alt.FacetChart = chart.facet(facet, columns=columns or len(panels), spacing=32)
     return faceted
 
 

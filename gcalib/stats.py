@@ -172,6 +172,20 @@ def stratified_difference(
     return pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
 
 
+def said(mean: float, low: float, high: float, unit: str = "%", digits: int = 1) -> str:
+    """A difference with its interval, for a sentence.
+
+    Examples
+    --------
+    >>> said(1.23, -0.5, 2.96), said(-0.31, -0.4, -0.2, unit="", digits=2), said(1.0, float("nan"), float("nan"))
+    ('+1.2% [-0.5, +3.0]', '-0.31 [-0.40, -0.20]', '+1.0% (too few runs for an interval)')
+    """
+    value = f"{mean:+.{digits}f}{unit}" if np.isfinite(mean) else "none"
+    if not np.isfinite([low, high]).all():
+        return f"{value} (too few runs for an interval)"
+    return f"{value} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def _pooled(strata: Sequence[np.ndarray], level: float) -> dict[str, float]:
     """Mean of the strata's means, bounds of its t-interval by the variance within strata, and the p-value of zero."""
     n, mean = sum(map(len, strata)), float(np.mean([part.mean() for part in strata]))
