@@ -138,7 +138,8 @@ def diagram(model: str) -> Any:
     heads = flow.mark_point(shape="triangle-up", color=GREY, size=45, opacity=1).encode(
         alt.Y("y2:Q", axis=None, scale=upward)
     )
-    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height)
+    # large letters need no more, and a notebook shows several of these
+    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta={"scale": 1.25})
     return chart.properties(title=alt.TitleParams(title, subtitle="From the input, below, to the scores"))
 
 

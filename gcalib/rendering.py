@@ -68,21 +68,22 @@ def png(spec: dict[str, Any]) -> tuple[bytes, int, int]:
     -------
     picture, width, height
         The size is that to show it at, in pixels of the page; the picture itself has twice as many a side, for sharp
-        displays, or just as many where it would be too large a file otherwise.
+        displays, or just as many where it would be too large a file otherwise. A chart may ask for less with
+        `usermeta={"scale": ...}`.
 
     Raises
     ------
     ValueError
         If the figure is too detailed for that.
     """
-    for scale in (2, 1):
+    for scale in dict.fromkeys((float(spec.get("usermeta", {}).get("scale", 2)), 1.0)):
         drawn = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=scale))).convert("RGB")
         # "maximum coverage" keeps rare colours, such as that of a few dots, which others give up for shades of white
         coded = drawn.quantize(PALETTE, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         file = io.BytesIO()
         coded.save(file, "PNG", optimize=True)
         if file.tell() <= MAX_PNG:
-            return file.getvalue(), drawn.width // scale, drawn.height // scale
+            return file.getvalue(), round(drawn.width / scale), round(drawn.height / scale)
     raise ValueError(
         f"The figure takes {file.tell()} bytes as a PNG, more than {MAX_PNG}: draw fewer marks or a smaller figure."
     )

@@ -48,3 +48,12 @@ def test_groups_draw_more_negatives_and_change_nothing_but_them(name: str, objec
     together, apart = model.loss(batch, drawn[0]), model.loss(batch, same)
     assert all(torch.allclose(together[name], apart[name], rtol=1e-6) for name in "ab")
     assert not torch.allclose(model.loss(batch, drawn)["a"], together["a"], rtol=1e-6)
+
+
+def test_groups_without_a_query_have_no_logits() -> None:
+    """A batch may hold no target of a domain; with groups, too."""
+    table = torch.randn(30, 8)
+    negatives = torch.randint(1, 30, (4, 6))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    positive, negative = shared_logits(table[nothing], nothing, table[nothing], negatives, table[negatives])
+    assert positive.shape == (0,) and negative.shape == (0, 6)

@@ -145,9 +145,10 @@ def shared_logits(
     groups = negatives.numel() // count
     size = -(-len(states) // groups)
     spare = groups * size - len(states)
-    parted = F.pad(states, (0, 0, 0, spare)).view(groups, size, -1) if groups > 1 else states
+    parted = F.pad(states, (0, 0, 0, spare)).view(groups, size, states.size(1)) if groups > 1 else states
     # the softmax over a thousand negatives needs more digits than bf16 has
-    negative = (parted @ negative_vectors.transpose(-1, -2)).to(positive.dtype).view(-1, count)[: len(states)]
+    negative = (parted @ negative_vectors.transpose(-1, -2)).to(positive.dtype)
+    negative = negative.view(groups * size, count)[: len(states)]
     ordered, place = negatives.view(groups, count).sort()
     wanted = F.pad(targets, (0, spare)).view(groups, size)
     found = torch.searchsorted(ordered, wanted).clamp_(max=count - 1)
