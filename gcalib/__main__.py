@@ -68,7 +68,7 @@ def grid(
 ) -> None:
     """Run the grid of a profile: what is stored is not run again, what was interrupted goes on."""
     from gcalib.config import Profile
-    from gcalib.estimates import estimate
+    from gcalib.estimates import estimate, learnable
     from gcalib.grid import Interrupted, finished, run_grid
     from gcalib.store import RunStore
 
@@ -78,7 +78,7 @@ def grid(
         raise ValueError(f"The profile {asked.profile} has no grid.")
     workers = workers or asked.workers
     missing = [c for c, name in zip(configs, finished(configs, asked.store), strict=True) if name is None]
-    plan = estimate(missing, RunStore(asked.store).frame())
+    plan = estimate(missing, learnable(RunStore(asked.store)))
     hours = plan["seconds"].sum() / 3600
     guessed = f", {int((plan['learned_from'] == 0).sum())} of them guessed" if (plan["learned_from"] == 0).any() else ""
     typer.echo(
@@ -129,8 +129,9 @@ def notebooks(
 @app.command()
 def results(store: Annotated[str, typer.Option(help="folder of the run store")] = "results") -> None:
     """Print the finished runs of a store, a line each; a stale one says what has changed since."""
-    from gcalib.store import load_results
+    from gcalib.store import RunStore, load_results
 
+    RunStore(store).advise()
     frame = load_results(store, stale=True)
     if frame.empty:
         typer.echo(f"{store} holds no finished run")
