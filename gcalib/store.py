@@ -49,7 +49,6 @@ from gcalib.records import (
     write,
 )
 
-
 log = logging.getLogger("gcalib")
 MANY_FILES = 2000  # loose records, from which on reading them one by one is a nuisance
 SAMPLE = 100  # loose records that estimates learn from
@@ -150,7 +149,8 @@ class RunStore:
         """Log a sentence if the store holds so many loose records that reading them takes long."""
         if (count := len(loose(self.folder / "records"))) > MANY_FILES:
             log.info(
-                "%s holds %s records in files of their own: `python -m gcalib compact --store %s` makes it quick to read.",
+                "%s holds %s records in files of their own; `python -m gcalib compact --store %s` merges them, "
+                "and it is quicker to read.",
                 self.folder, f"{count:,}", self.folder,
             )  # fmt: skip
 
