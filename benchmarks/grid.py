@@ -35,7 +35,7 @@ from gcalib.experiments import pair_of
 from gcalib.records import RESULTS_VERSION, read, record_sha256, write
 from gcalib.store import RunStore
 
-SMALL = RunConfig(pair="synthetic:num_users=600,items_a=300,items_b=300", dim=32, epochs=6)
+SMALL = RunConfig(pair="synthetic:num_users=600,items_a=300,items_b=300", dim=32, epochs=10)
 TINY = RunConfig(
     pair="synthetic:num_users=60,items_a=60,items_b=60", dim=8, heads=2, epochs=2, batch_size=32, gca=(0,)
 )  # fmt: skip
