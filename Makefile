@@ -42,8 +42,9 @@ lint: $(READY)  ## ruff and mypy
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-bench: $(READY)  ## speed and memory, as ratios from one run
+bench: $(READY)  ## speed and memory, as ratios from one run; then grids
 	@$(BIN)/python -m gcalib bench
+	@$(BIN)/python -m gcalib bench grid
 
 commit-notebooks: $(READY)  ## execute the notebooks in place, each on the profile it names, ready to commit
 	@$(BIN)/python -m gcalib notebooks --in-place

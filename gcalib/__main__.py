@@ -69,7 +69,7 @@ def grid(
 ) -> None:
     """Run the grid of a profile: what is stored is not run again, what was interrupted goes on."""
     from gcalib.config import Profile
-    from gcalib.estimates import estimate
+    from gcalib.estimates import estimate, learnable
     from gcalib.grid import Interrupted, finished, run_grid
     from gcalib.store import RunStore
 
@@ -79,7 +79,7 @@ def grid(
         raise ValueError(f"The profile {asked.profile} has no grid.")
     workers = workers or asked.workers
     missing = [c for c, name in zip(configs, finished(configs, asked.store), strict=True) if name is None]
-    plan = estimate(missing, RunStore(asked.store).frame())
+    plan = estimate(missing, learnable(RunStore(asked.store)))
     hours = plan["seconds"].sum() / 3600
     guessed = f", {int((plan['learned_from'] == 0).sum())} of them guessed" if (plan["learned_from"] == 0).any() else ""
     typer.echo(
@@ -103,6 +103,7 @@ def notebooks(
     profile: Annotated[str, typer.Option(help="a profile of params/, by name or file")] = "smoke",
     out: Annotated[Path, typer.Option(help="folder of the executed copies")] = Path("build/notebooks"),
     in_place: Annotated[bool, typer.Option(help="execute for a commit, each on the profile it names")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the copies that are still right")] = False,
     check: Annotated[bool, typer.Option(help="execute nothing; say what is wrong with the committed ones")] = False,
 ) -> None:
     """Execute the notebooks in order and write an index; go on after a failure in one."""
@@ -114,13 +115,15 @@ def notebooks(
         wrong = [sentence for path in paths for sentence in shelf.faults(path)]
         typer.echo("\n".join(wrong) or f"{len(paths)} notebooks, nothing wrong")
         raise typer.Exit(bool(wrong))
+    if in_place and resume:
+        raise ValueError("--resume keeps executed copies; it goes with --out, not with --in-place.")
     named = Path(profile).stem
     if not in_place:
         Profile.load(named)  # a misspelt one is found now, not in each notebook
     outcomes = []
-    for outcome in shelf.execute(paths, None if in_place else out, None if in_place else named):
+    for outcome in shelf.execute(paths, None if in_place else out, None if in_place else named, resume=resume):
         outcomes.append(outcome)
-        typer.echo(f"{outcome.name:40s} {outcome.seconds:6.1f} s  {outcome.error or 'executed'}")
+        typer.echo(f"{outcome.name:40s} {outcome.seconds:6.1f} s  {outcome.status}")
     if not in_place:
         typer.echo(f"Open {shelf.write_index(outcomes, out, named)}")
     if failed := sum(outcome.error is not None for outcome in outcomes):
@@ -141,8 +144,9 @@ def site(out: Annotated[Path, typer.Option(help="folder of the pages")] = Path("
 @app.command()
 def results(store: Annotated[str, typer.Option(help="folder of the run store")] = "results") -> None:
     """Print the finished runs of a store, a line each; a stale one says what has changed since."""
-    from gcalib.store import load_results
+    from gcalib.store import RunStore, load_results
 
+    RunStore(store).advise()
     frame = load_results(store, stale=True)
     if frame.empty:
         typer.echo(f"{store} holds no finished run")
@@ -164,11 +168,15 @@ def compact(store: Annotated[str, typer.Option(help="folder of the run store")] 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Measure speed and memory (`benchmarks/step.py`; further options go to it)."""
-    script = Path("benchmarks/step.py")
+    """Measure speed and memory, or with `bench grid` grids (`benchmarks/`; further options go to the script)."""
+    arguments = list(context.args)
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "step"
+    if name not in ("step", "grid"):
+        raise ValueError(f"There is no benchmark {name!r}; there are step and grid.")
+    script = Path("benchmarks") / f"{name}.py"
     if not script.exists():
-        raise ValueError("There is no benchmarks/step.py here: run this in the root of the repository.")
-    sys.argv = [str(script), *context.args]
+        raise ValueError(f"There is no {script} here: run this in the root of the repository.")
+    sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 

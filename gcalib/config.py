@@ -163,7 +163,9 @@ class RunConfig(BaseModel):
         idle: tuple[str, ...] = () if self.match else ("match_axis",)
         if not self.gca or self.match:  # a matched twin has none, and neither field changes the size it is given
             idle += ("gate", "heads")
-        return self.but(**{name: type(self).model_fields[name].default for name in idle})
+        defaults = {name: type(self).model_fields[name].default for name in idle}
+        changed = {name: value for name, value in defaults.items() if getattr(self, name) != value}
+        return self.but(**changed) if changed else self
 
 
 def divisors(number: int) -> str:

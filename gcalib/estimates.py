@@ -11,10 +11,20 @@ import pandas as pd
 from gcalib.config import RunConfig
 from gcalib.data.pair import DataError
 from gcalib.experiments import pair_of
+from gcalib.store import RunStore
 
 SECONDS_PER_OPERATION = 3e-11  # of one core, where nothing is stored to learn from
 EPOCHS_SHARE = 0.6  # of the limit, before early stopping ends a run
 BYTES_AT_REST = 0.6e9  # of a process with torch loaded
+ENOUGH = 200  # stored runs of a model to learn from
+
+FIELDS = ("pair", "model", "gca", "dim", "negatives", "ties", "max_length")
+"""What the cost of an epoch depends on."""
+
+
+def learnable(runs: RunStore) -> pd.DataFrame:
+    """What `estimate` learns from, of all runs of a store or, if they are very many, of some."""
+    return runs.costs([*FIELDS, "epochs_trained", "stopped_early", "seconds"])
 
 
 def estimate(configs: Sequence[RunConfig], stored: pd.DataFrame) -> pd.DataFrame:
@@ -23,7 +33,7 @@ def estimate(configs: Sequence[RunConfig], stored: pd.DataFrame) -> pd.DataFrame
     Parameters
     ----------
     stored
-        Records to learn from (`load_results`), perhaps none.
+        Records to learn from (`learnable`), perhaps none.
 
     Returns
     -------
@@ -77,9 +87,10 @@ def _learn(known: pd.DataFrame, model: str) -> tuple[float, float, int]:
     same = known[(known["model"] == model) & (known["epochs_trained"] > 0)] if len(known) else known
     if not len(same):
         return SECONDS_PER_OPERATION, 0.0, 0
-    rates = []
+    # in such an order that each pair is loaded once
+    same, rates = same.head(ENOUGH).sort_values(["pair", "max_length", "ties"]), []
     for row in same.to_dict("records"):
-        fields = {name: row[name] for name in ("pair", "model", "gca", "dim", "negatives", "ties", "max_length")}
+        fields = {name: row[name] for name in FIELDS}
         work = operations(RunConfig(**fields, heads=1, self_heads=1)) * row["epochs_trained"]
         rates.append(row["seconds"] / work)
     stopped = same.loc[same["stopped_early"].astype(bool), "epochs_trained"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
-from gcalib.estimates import estimate
+from gcalib.estimates import estimate, learnable
 from gcalib.experiments import pair_of, run
 from gcalib.records import RESULTS_VERSION, trace
 from gcalib.seeds import grouped, run_seeds
@@ -99,7 +99,7 @@ def run_grid(
     waiting = [config for config in unique if names[config] is None]
     failures: dict[RunConfig, BaseException] = {}
     if waiting:
-        seconds = estimate(waiting, runs.frame())["seconds"]
+        seconds = estimate(waiting, learnable(runs))["seconds"]
         longest_first = seconds.sort_values(ascending=False, kind="stable").index
         expected = {waiting[place]: max(0.1, seconds[place]) for place in longest_first}
         if engine == "ray":
@@ -117,10 +117,12 @@ def run_grid(
                 log.error("%s failed: %s", config.model_dump(exclude_defaults=True), outcome)
             else:
                 names[config] = outcome
+    runs.tidy()
+    runs.advise()
     if failures:
         raise GridError(failures)
     frame = runs.frame([str(names[config]) for config in asked])
-    trace({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
+    trace(frame)
     return frame
 
 
@@ -128,15 +130,17 @@ def finished(configs: Iterable[RunConfig], store: str | Path) -> list[str | None
     """For each config the id of its finished run, or None."""
     runs = RunStore(store)
     there = set(runs.names())
-    found: list[str | None] = []
-    for config in configs:
+    found: dict[int, str | None] = {}
+    without_data: dict[int, RunConfig] = {}
+    for place, config in enumerate(configs):
         try:
             name = run_id(config, pair_of(config).sha256, RESULTS_VERSION)
-            found.append(name if name in there else None)
+            found[place] = name if name in there else None
         except DataError:
-            record = runs.find(config)
-            found.append(None if record is None else record["run_id"])
-    return found
+            without_data[place] = config
+    if without_data:
+        found |= dict(zip(without_data, runs.find_names(without_data.values()), strict=True))
+    return [found[place] for place in sorted(found)]
 
 
 def _shown(

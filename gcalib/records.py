@@ -52,11 +52,12 @@ def record_sha256(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=bool).encode()).hexdigest()
 
 
-def trace(records: Iterable[dict[str, Any]]) -> None:
+def trace(records: pd.DataFrame | Iterable[dict[str, Any]]) -> None:
     """Note which records a notebook used, if the shelf asks for it (`GCALIB_TRACE` names a file)."""
     if target := os.environ.get("GCALIB_TRACE"):
+        rows = records.to_dict("records") if isinstance(records, pd.DataFrame) else records
         with open(target, "a", encoding="utf-8") as file:
-            file.writelines(f"{record['run_id']} {record_sha256(record)}\n" for record in records)
+            file.writelines(f"{row['run_id']} {record_sha256(dict(row))}\n" for row in rows)
 
 
 def equal(found: Any, value: Any) -> bool:
@@ -109,7 +110,7 @@ def _cached_table(path: Path, stamp: tuple[int, ...]) -> pa.Table:
 
 @functools.lru_cache(maxsize=8)
 def _cached_names(path: Path, version: tuple[int, ...]) -> frozenset[str]:
-    return frozenset(_cached_table(path, version)["run_id"].to_pylist())
+    return frozenset(read(path, ["run_id"])["run_id"].to_pylist() if version else ())
 
 
 def without(table: pa.Table, names: Sequence[str]) -> pa.Table:
@@ -117,17 +118,22 @@ def without(table: pa.Table, names: Sequence[str]) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["run_id"], pa.array(names, pa.string()))))
 
 
-def frame_of(folder: Path, run_ids: Sequence[str] | None = None) -> pd.DataFrame:
-    """Rows of all runs, or of those named, in order of their ids."""
+def frame_of(
+    folder: Path, run_ids: Sequence[str] | None = None, columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Rows of all runs, or of those named, in order of their ids; all columns, or those of `columns` that exist."""
+    columns = None if columns is None else list(dict.fromkeys(("run_id", *columns)))
     wanted = None if run_ids is None else set(run_ids)
     while True:
         apart = [name for name in loose(folder) if wanted is None or name in wanted]
         try:
-            tables = [read(folder / f"{name}.parquet") for name in apart]
+            tables = [read(folder / f"{name}.parquet", columns) for name in apart]
             break
         except FileNotFoundError:
             continue  # another process has just merged it
     merged = without(compacted_table(folder), apart)
+    if columns is not None:
+        merged = merged.select([name for name in columns if name in merged.column_names])
     if wanted is not None:
         merged = merged.filter(pc.is_in(merged["run_id"], pa.array(sorted(wanted), pa.string())))
     tables += [merged] * bool(len(merged))
@@ -143,7 +149,8 @@ def with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame of records that has all fields of the config, also where the records are older than the field."""
     if frame.empty:
         return frame
-    frame["gca"] = [tuple(int(point) for point in points) for points in frame["gca"]]
+    if "gca" in frame:
+        frame["gca"] = [tuple(int(point) for point in points) for points in frame["gca"]]
     for name, default in DEFAULTS.items():
         if name not in frame:
             frame[name] = default
@@ -163,7 +170,8 @@ def write(path: Path, table: pa.Table) -> None:
     # random, since two machines may give their processes the same number
     temporary = made(path.parent) / f".{path.stem}.{secrets.token_hex(4)}"
     try:
-        pq.write_table(table, temporary)
+        # what helps with many rows takes a third of the time and space of one
+        pq.write_table(table, temporary, use_dictionary=False, write_statistics=False)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}.") from error
@@ -171,8 +179,8 @@ def write(path: Path, table: pa.Table) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> pa.Table:
-    """Read a file.
+def read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a file, or those of its columns that are named.
 
     Raises
     ------
@@ -182,7 +190,7 @@ def read(path: Path) -> pa.Table:
         If it is damaged; the message says what to do.
     """
     try:
-        return pq.ParquetFile(path).read()
+        return pq.ParquetFile(path).read(columns)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:

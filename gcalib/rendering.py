@@ -83,7 +83,7 @@ def png(spec: dict[str, Any]) -> tuple[bytes, int, int]:
         file = io.BytesIO()
         coded.save(file, "PNG", optimize=True)
         if file.tell() <= MAX_PNG:
-            return file.getvalue(), round(drawn.width / scale), round(drawn.height / scale)
+            return file.getvalue(), int(drawn.width // scale), int(drawn.height // scale)
     raise ValueError(
         f"The figure takes {file.tell()} bytes as a PNG, more than {MAX_PNG}: draw fewer marks or a smaller figure."
     )

@@ -6,6 +6,11 @@ A notebook executed in place carries in its metadata, under `gcalib`, what its o
     results_sha256   hash of the run records it used
     runs             their ids
     profile          the profile it names
+
+So does an executed copy: there the profile is the one that was injected, and beside it stand
+
+    profile_sha256   hash of what the profile asks for
+    seconds          what the execution took
 """
 
 from __future__ import annotations
@@ -28,8 +33,9 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
+from gcalib.config import Profile
 from gcalib.pages import Page, frame, to_html
-from gcalib.records import record_sha256
+from gcalib.records import RESULTS_VERSION, record_sha256
 from gcalib.store import RunStore
 
 log = logging.getLogger("gcalib")
@@ -39,11 +45,19 @@ MAX_KB = 300
 
 @dataclass(frozen=True)
 class Outcome:
-    """One notebook's execution: its file name, seconds, and the sentence that ended it (None: it went through)."""
+    """One notebook's execution: its file name, seconds, and the sentence that ended it (None: it went through).
+
+    `kept`: it was executed earlier, in that many seconds, and nothing that it came from has changed.
+    """
 
     name: str
     seconds: float
     error: str | None
+    kept: bool = False
+
+    @property
+    def status(self) -> str:
+        return f"failed: {self.error}" if self.error else "kept" if self.kept else "executed"
 
 
 def notebooks(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
@@ -62,7 +76,9 @@ def notebooks(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
     return [path for path in shelf if not names or any(path.name.startswith(Path(name).name) for name in names)]
 
 
-def execute(paths: Sequence[Path], out: Path | None, profile: str | None) -> Iterator[Outcome]:
+def execute(
+    paths: Sequence[Path], out: Path | None, profile: str | None, *, resume: bool = False
+) -> Iterator[Outcome]:
     """Execute notebooks one after the other, going on after a failure.
 
     Parameters
@@ -74,9 +90,14 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None) -> Ite
         provenance written, and a notebook that fails left as it was.
     profile
         Injected as the notebooks' parameter; None leaves what each of them names.
+    resume
+        With `out` and `profile`: keep an executed copy whose source, profile and records are what they were.
     """
     pages = [Page.read(path) for path in paths]
     for path in paths:
+        if resume and out is not None and profile is not None and (kept := _kept(path, out, profile)):
+            yield kept
+            continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             result, trace = Path(scratch) / path.name, Path(scratch) / "trace"
@@ -85,8 +106,15 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None) -> Ite
                 notebook = _clean(nbformat.read(result, as_version=4))
                 if out is not None:
                     out.mkdir(parents=True, exist_ok=True)
-                    nbformat.write(notebook, out / path.name)
                     (out / f"{path.stem}.html").write_text(to_html(Page(path.stem, notebook), pages), encoding="utf-8")
+                    if error is None and profile is not None:
+                        notebook.metadata["gcalib"] = {
+                            **_provenance(nbformat.read(path, as_version=4), trace),
+                            "profile": profile,
+                            "profile_sha256": profile_sha256(profile),
+                            "seconds": round(time.perf_counter() - started, 1),
+                        }
+                    nbformat.write(notebook, out / path.name)  # the last, since what it says holds for the page too
                 elif error is None:
                     notebook.metadata["gcalib"] = _provenance(notebook, trace)
                     nbformat.write(notebook, path)
@@ -152,6 +180,40 @@ def _provenance(notebook: NotebookNode, trace: Path) -> dict[str, Any]:
     }
 
 
+def profile_sha256(name: str) -> str:
+    """Hash of what a profile asks for."""
+    return hashlib.sha256(Profile.load(name).model_dump_json(exclude={"workers"}).encode()).hexdigest()
+
+
+def _kept(path: Path, out: Path, profile: str) -> Outcome | None:
+    """The outcome of an earlier execution, if everything is there and what it came from is as it was."""
+    try:
+        written = nbformat.read(out / path.name, as_version=4).metadata.get("gcalib")
+    except (OSError, ValueError):  # there is none, or half of one
+        return None
+    if not written or not (out / f"{path.stem}.html").exists():
+        return None
+    now = {
+        "profile": profile,
+        "profile_sha256": profile_sha256(profile),
+        "source_sha256": source_sha256(nbformat.read(path, as_version=4)),
+        "results_sha256": results_sha256(_used(written, Profile.load(profile).store)),
+    }
+    right = all(written.get(name) == value for name, value in now.items())
+    return Outcome(path.name, written["seconds"], None, kept=True) if right else None
+
+
+def _used(written: dict[str, Any], store: str | Path) -> dict[str, str]:
+    """Of the runs that a notebook used, those that the store still holds and would return, with their hashes."""
+    stored = RunStore(store)
+    found = {name: stored.get(name) for name in written.get("runs", [])}
+    return {
+        name: record_sha256(record)
+        for name, record in found.items()
+        if record is not None and record["results_version"] == RESULTS_VERSION
+    }
+
+
 def _parameters(notebook: NotebookNode) -> str:
     tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     return tagged[0] if tagged else ""
@@ -165,9 +227,7 @@ def faults(path: Path, store: str | Path = "results") -> list[str]:
     lengths = [len(cell.source.splitlines()) for cell in code] or [0]
     prose = sum(cell.cell_type == "markdown" for cell in notebook.cells)
     written = notebook.metadata.get("gcalib", {})
-    stored = RunStore(store)
-    found = {name: stored.get(name) for name in written.get("runs", [])}
-    used = {name: record_sha256(record) for name, record in found.items() if record is not None}
+    used = _used(written, store)
     size = path.stat().st_size / 1024
     checks = {
         "it has no cell tagged 'parameters'": not _parameters(notebook),
@@ -188,7 +248,7 @@ def write_index(outcomes: Sequence[Outcome], out: Path, profile: str) -> Path:
     """`index.html` with a line for each notebook: status, time, link."""
     rows = "\n".join(
         f'<tr><td><a href="{escape(o.name.removesuffix(".ipynb"))}.html">{escape(o.name)}</a></td>'
-        f"<td>{'failed: ' + escape(o.error) if o.error else 'executed'}</td><td>{o.seconds:.0f} s</td></tr>"
+        f"<td>{escape(o.status)}</td><td>{o.seconds:.0f} s</td></tr>"
         for o in outcomes
     )
     body = f"""<h1>Notebooks</h1><p>Executed with the profile <b>{escape(profile)}</b>.</p>

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,10 @@ from gcalib.records import (
     without,
     write,
 )
+
+log = logging.getLogger("gcalib")
+MANY_FILES = 2000  # loose records, from which on reading them one by one is a nuisance
+SAMPLE = 100  # loose records that estimates learn from
 
 
 class RunStore:
@@ -115,12 +121,46 @@ class RunStore:
         ValueError
             If runs on different versions of the data are stored.
         """
+        (name,) = self.find_names([config])
+        return None if name is None else self.get(name)
+
+    def find_names(self, configs: Iterable[RunConfig]) -> list[str | None]:
+        """Run ids of configs, None where there is none; see `find`."""
         ids = _by_fields(self.folder, signature(self.folder / "records"))
-        names = ids.get(_key(config.canonical().model_dump()), ())
-        found = [record for name in names if (record := self.get(name)) is not None]
-        if len({record["data_sha256"] for record in found}) > 1:
-            raise ValueError(f"{self.folder} holds this config on several versions of {config.pair}: load the data.")
-        return found[0] if found else None
+        found: list[str | None] = []
+        for config in configs:
+            names = ids.get(_key(config.canonical().model_dump()), {})
+            if len(set(names.values())) > 1:
+                raise ValueError(
+                    f"{self.folder} holds this config on several versions of {config.pair}: load the data."
+                )
+            found.append(next(iter(names), None))
+        return found
+
+    def costs(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Columns of finished runs to learn from: of all merged runs, and of some of the others."""
+        folder = self.folder / "records"
+        # ids are hashes, so that the first ones are a sample like any other
+        names = sorted({*loose(folder)[:SAMPLE], *compacted(folder)})
+        frame = with_defaults(frame_of(folder, names, [*columns, "results_version"]))
+        return frame if frame.empty else frame[frame["results_version"] == RESULTS_VERSION].reset_index(drop=True)
+
+    def advise(self) -> None:
+        """Log a sentence if the store holds so many loose records that reading them takes long."""
+        if (count := len(loose(self.folder / "records"))) > MANY_FILES:
+            log.info(
+                "%s holds %s records in files of their own; `python -m gcalib compact --store %s` merges them, "
+                "and it is quicker to read.",
+                self.folder, f"{count:,}", self.folder,
+            )  # fmt: skip
+
+    def tidy(self) -> None:
+        """Remove what killed processes left behind of runs that are finished."""
+        with suppress(OSError):  # a store may be there for reading only
+            for path in (self.folder / "locks").glob("*.lock"):
+                if self.has(path.stem):
+                    with self.lock(path.stem):
+                        self.checkpoint_path(path.stem).unlink(missing_ok=True)
 
     def put(self, record: dict[str, Any], curves: list[dict[str, float]]) -> None:
         """Store a finished run: the record last, since its presence says that all is there."""
@@ -142,9 +182,8 @@ class RunStore:
             reason = error.strerror or str(error)
             raise OSError(f"{self.folder} cannot be written ({reason}), and run {name} is not in it.") from error
         try:
-            for kind in ("records", "curves", "checkpoints"):  # what a process left that was killed while it wrote
-                for temporary in (self.folder / kind).glob(f".{name}.*"):
-                    temporary.unlink(missing_ok=True)
+            for kind in ("records", "curves", "checkpoints"):
+                _sweep(self.folder / kind, name)
             yield
             if self.has(name):
                 # Whoever still waits, or comes next, looks for the record first: the file is not needed any more.
@@ -161,6 +200,7 @@ class RunStore:
         with FileLock(made(self.folder / "locks") / "compact.lock"):
             for kind in ("curves", "records"):
                 folder = self.folder / kind
+                _sweep(folder, COMPACTED)
                 apart = [folder / f"{name}.parquet" for name in loose(folder)]
                 kept = without(compacted_table(folder), [path.stem for path in apart])
                 if apart:
@@ -181,7 +221,7 @@ def load_results(store: str | Path = "results", *, stale: bool = False) -> pd.Da
         what has changed since, and is empty for the others.
     """
     frame = RunStore(store).frame(stale=stale)
-    trace({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
+    trace(frame)
     return frame
 
 
@@ -200,14 +240,22 @@ def _key(fields: dict[str, Any]) -> str:
     return json.dumps(plain, sort_keys=True, default=lambda number: number.item())  # numpy's, from a frame
 
 
+def _sweep(folder: Path, name: str) -> None:
+    """Remove what a process left that was killed while it wrote a file of that name."""
+    with suppress(FileNotFoundError):
+        for entry in os.listdir(folder):  # much quicker than a glob, in a folder of many runs
+            if entry.startswith(f".{name}."):
+                (folder / entry).unlink(missing_ok=True)
+
+
 @functools.lru_cache(maxsize=2)
-def _by_fields(folder: Path, _: tuple[Any, ...]) -> dict[str, list[str]]:
-    """Run ids of every config stored, with the current results version."""
-    found: dict[str, list[str]] = {}
+def _by_fields(folder: Path, _: tuple[Any, ...]) -> dict[str, dict[str, str]]:
+    """Run ids of every config stored, with the current results version, and the hash of their data."""
+    found: dict[str, dict[str, str]] = {}
     for row in RunStore(folder).frame().to_dict("records"):
         fields = {name: row[name] for name in RunConfig.model_fields}
         for name, value in fields.items():  # a column with gaps holds its integers as floats
             if isinstance(value, float) and not np.isnan(value) and isinstance(DEFAULTS.get(name), (int, type(None))):
                 fields[name] = int(value)
-        found.setdefault(_key(fields), []).append(row["run_id"])
+        found.setdefault(_key(fields), {})[row["run_id"]] = row["data_sha256"]
     return found

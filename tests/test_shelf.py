@@ -11,7 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from gcalib import shelf
+from gcalib import RunConfig, run, shelf
+from gcalib.records import record_sha256
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = shelf.notebooks(folder=ROOT / "notebooks")
@@ -66,6 +67,55 @@ def test_a_failing_notebook_stops_no_other_and_the_index_tells(project: Path) ->
     assert not source.cells[-1].outputs  # and the notebook itself left alone
 
 
+def test_resume_keeps_a_copy_until_something_that_it_came_from_changes(project: Path) -> None:
+    out, path, profile = project / "out", project / "notebooks" / "01_works.ipynb", project / "params" / "tiny.yaml"
+
+    def status() -> str:
+        return next(shelf.execute([path], out, "tiny", resume=True)).status
+
+    assert status() == "executed"
+    executed = nbformat.read(out / path.name, as_version=4).metadata["gcalib"]["seconds"]
+    before = (out / path.name).read_bytes()
+    done = command("notebooks", "--resume", "--profile", "tiny", "--out", "out")  # goes on after what failed
+    assert done.returncode == 1 and "failed: cell 5: ValueError: on purpose" in done.stdout
+    assert re.search(rf"01_works.ipynb +{executed} s  kept\n", done.stdout)
+    assert f"<td>kept</td><td>{executed:.0f} s</td>" in (out / "index.html").read_text()
+    assert (out / path.name).read_bytes() == before
+
+    profile.write_text(profile.read_text() + "workers: 2\n")
+    assert status() == "kept"  # the same runs
+    profile.write_text(profile.read_text() + "seeds: [3]\n")
+    assert status() == "executed" and status() == "kept"
+    book = nbformat.read(path, as_version=4)
+    book.cells[-1].source = "print(2)"
+    nbformat.write(book, path)
+    assert status() == "executed" and status() == "kept"
+
+
+@pytest.mark.parametrize("damage", ["half", "page", "records", "profile"])
+def test_resume_keeps_nothing_half_done(project: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, path = project / "out", project / "notebooks" / "01_works.ipynb"
+    monkeypatch.setattr(shelf, "_execute", _pretended)
+    assert [o.status for o in shelf.execute([path], out, "tiny")] == ["executed"]
+    assert [o.status for o in shelf.execute([path], out, "tiny", resume=True)] == ["kept"]
+    if damage == "half":
+        (out / path.name).write_bytes((out / path.name).read_bytes()[:500])
+    elif damage == "page":
+        (out / "01_works.html").unlink()
+    elif damage == "records":
+        next((project / "results" / "records").iterdir()).unlink()
+    profile = "other" if damage == "profile" else "tiny"
+    assert [o.status for o in shelf.execute([path], out, profile, resume=True)] == ["executed"]
+
+
+def _pretended(path: Path, result: Path, parameters: dict[str, object], trace: Path) -> None:
+    """An execution without a kernel, of a notebook that uses one run."""
+    pair = "synthetic:num_users=120,items_a=110,items_b=115"
+    record = run(RunConfig(pair=pair, model="popularity"), "results")
+    trace.write_text(f"{record['run_id']} {record_sha256(record)}\n")
+    result.write_bytes(path.read_bytes())
+
+
 def test_in_place_execution_is_clean_repeatable_and_checked(project: Path) -> None:
     path = project / "notebooks" / "01_works.ipynb"
     assert command("notebooks", "--in-place", "01").returncode == 0
@@ -110,6 +160,8 @@ def test_an_unknown_parameter_stops_with_the_list_of_the_known(project: Path) ->
     ("arguments", "sentence"),
     [
         (["notebooks", "--profile", "nope"], "There is no profile 'nope' in params; there are other, tiny."),
+        (["notebooks", "--in-place", "--resume"], "--resume keeps executed copies; it goes with --out, not with"),
+        (["bench", "steps"], "There is no benchmark 'steps'; there are step and grid."),
         (["notebooks", "77"], "No notebook of notebooks starts with '77'; there are 00_fails, 01_works."),
         (["run", "--set", "dmi=3"], "--set dmi=3: write key=value with a key of pair, ties"),
         (["run", "--set", "dim=9", "--set", "gca=[0]"], "heads=4 does not divide dim=9"),

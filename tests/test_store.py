@@ -156,7 +156,7 @@ def test_temporary_files_of_two_machines_never_meet(tmp_path: Path, monkeypatch:
     """Processes on two machines may have the same number."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     seen: list[str] = []
-    monkeypatch.setattr(pq, "write_table", lambda table, path: (seen.append(str(path)), Path(path).touch()))
+    monkeypatch.setattr(pq, "write_table", lambda table, path, **_: (seen.append(str(path)), Path(path).touch()))
     for _ in range(20):
         write(tmp_path / "name.parquet", None)  # type: ignore[arg-type]
     assert len(set(seen)) == 20 and all(Path(name).name.startswith(".name.") for name in seen)
