@@ -139,7 +139,7 @@ def diagram(model: str) -> Any:
         alt.Y("y2:Q", axis=None, scale=upward)
     )
     # large letters need no more, and a notebook shows several of these
-    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta={"scale": 1.25})
+    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta={"scale": 1.1})
     return chart.properties(title=alt.TitleParams(title, subtitle="From the input, below, to the scores"))
 
 

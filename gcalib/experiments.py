@@ -38,10 +38,13 @@ def pair_of(config: RunConfig) -> Pair:
     return _pair(config.pair, config.ties, config.tie_seed, config.max_length, config.min_per_domain)
 
 
-def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto") -> dict[str, Any]:
+def run(
+    config: RunConfig, store: str | Path = "results", *, device: str = "auto", wait: bool = True
+) -> dict[str, Any]:
     """Train, evaluate and measure one config, or fetch its record if the store has it.
 
-    An interrupted run resumes from its checkpoint. A second process that asks for a run under way waits for it.
+    An interrupted run resumes from its checkpoint. A second process that asks for a run under way waits for it, or
+    without `wait` raises `BusyError`.
 
     Returns
     -------
@@ -60,11 +63,11 @@ def run(config: RunConfig, store: str | Path = "results", *, device: str = "auto
     ValueError
         If the data is bad, or missing while the store has no such run.
     """
-    return finish(run_in_steps(config, store, device=device))
+    return finish(run_in_steps(config, store, device=device, wait=wait))
 
 
 def run_in_steps(
-    config: RunConfig, store: str | Path = "results", *, device: str = "auto"
+    config: RunConfig, store: str | Path = "results", *, device: str = "auto", wait: bool = True
 ) -> Generator[None, None, dict[str, Any]]:
     """`run`, with a pause after each training step (see `gcalib.training.fit_in_steps`); the run is held meanwhile."""
     config = config.canonical()
@@ -78,7 +81,7 @@ def run_in_steps(
         return record
     name = run_id(config, pair.sha256, RESULTS_VERSION)
     if (record := runs.get(name)) is None:
-        with runs.lock(name):
+        with runs.lock(name, wait=wait):
             if runs.get(name) is None:
                 checkpoint = runs.checkpoint_path(name)
                 runs.put(*(yield from _compute(config, pair, name, checkpoint, pick_device(device))))

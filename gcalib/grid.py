@@ -25,7 +25,7 @@ from gcalib.estimates import estimate, learnable
 from gcalib.experiments import pair_of, run
 from gcalib.records import RESULTS_VERSION, trace
 from gcalib.seeds import grouped, run_seeds
-from gcalib.store import RunStore
+from gcalib.store import BusyError, RunStore
 
 log = logging.getLogger("gcalib")
 ATTEMPTS = 2  # of a run whose process dies: memory may have been short by chance, but not twice
@@ -63,6 +63,7 @@ def run_grid(
     """Run every config that the store does not hold; return all their records, one row each, in the order given.
 
     The runs that will take longest start first. One that fails, or whose process is killed twice, stops no other.
+    Several processes, also on several machines, may be given the same grid and store: they share the work.
 
     Parameters
     ----------
@@ -162,20 +163,26 @@ def _shown(
 
 
 def _alone(groups: list[list[RunConfig]], store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
+    # What another process is at comes last: by then it is stored, or that process has died.
+    todo = deque((group, False) for group in groups)
     try:
-        for group in groups:
-            yield from _run(group, store, device)
+        while todo:
+            for config, outcome in _run(*todo.popleft(), store, device):
+                if isinstance(outcome, BusyError):
+                    todo.append(([config], True))
+                else:
+                    yield config, outcome
     except KeyboardInterrupt:
         raise Interrupted from None
 
 
-def _run(group: list[RunConfig], store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
+def _run(group: list[RunConfig], wait: bool, store: str | Path, device: str) -> Iterator[tuple[RunConfig, Outcome]]:
     """Run a config, or several that differ by their seed."""
     if len(group) > 1:
-        yield from run_seeds(group, store, device=device)
+        yield from run_seeds(group, store, device=device, wait=wait)
         return
     try:
-        outcome: Outcome = run(group[0], store, device=device)["run_id"]
+        outcome: Outcome = run(group[0], store, device=device, wait=wait)["run_id"]
     except Exception as error:
         outcome = error
     yield group[0], outcome
@@ -242,10 +249,10 @@ def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     while True:
         try:
-            group = [RunConfig(**fields) for fields in pipe.recv()]
+            configs, wait = pipe.recv()
         except EOFError:
             return
-        for config, outcome in _run(group, store, device):
+        for config, outcome in _run([RunConfig(**fields) for fields in configs], wait, store, device):
             try:
                 pipe.send((config.seed, outcome))
             except Exception:  # an error that cannot be sent is sent as what it says
@@ -256,7 +263,8 @@ def _shared(
     groups: list[list[RunConfig]], store: str | Path, workers: int, device: str
 ) -> Iterator[tuple[RunConfig, Outcome]]:
     """Hand out groups in order; a run whose process dies is tried again, once, and by itself."""
-    todo, deaths = deque(groups), dict.fromkeys((config for group in groups for config in group), 0)
+    todo = deque((group, False) for group in groups)
+    deaths = dict.fromkeys((config for group in groups for config in group), 0)
     pool = _Pool(store, device, max(1, (os.cpu_count() or 1) // workers))
     try:
         for _ in range(min(workers, len(groups))):
@@ -264,14 +272,19 @@ def _shared(
         while todo or any(worker.runs for worker in pool.workers):
             for worker in pool.workers:
                 if not worker.runs and todo:
-                    worker.runs = {config.seed: config for config in todo.popleft()}
-                    worker.pipe.send([config.model_dump() for config in worker.runs.values()])
+                    group, wait = todo.popleft()
+                    worker.runs = {config.seed: config for config in group}
+                    worker.pipe.send(([config.model_dump() for config in group], wait))
             busy = {worker.pipe: worker for worker in pool.workers if worker.runs}
             for pipe in multiprocessing.connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
                 try:
                     seed, outcome = worker.pipe.recv()
-                    yield worker.runs.pop(seed), outcome
+                    config = worker.runs.pop(seed)
+                    if isinstance(outcome, BusyError):  # see `_alone`
+                        todo.append(([config], True))
+                    else:
+                        yield config, outcome
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     pool.workers.remove(worker)
@@ -280,7 +293,7 @@ def _shared(
                         deaths[config] += 1
                         if deaths[config] < ATTEMPTS:
                             log.warning("A worker died (exit code %s); its run starts again.", code)
-                            todo.append([config])
+                            todo.append(([config], False))
                         else:
                             yield (
                                 config,

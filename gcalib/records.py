@@ -55,9 +55,9 @@ def record_sha256(record: dict[str, Any]) -> str:
 def trace(records: pd.DataFrame | Iterable[dict[str, Any]]) -> None:
     """Note which records a notebook used, if the shelf asks for it (`GCALIB_TRACE` names a file)."""
     if target := os.environ.get("GCALIB_TRACE"):
-        rows = records.to_dict("records") if isinstance(records, pd.DataFrame) else records
+        rows: Iterable[Any] = records.to_dict("records") if isinstance(records, pd.DataFrame) else records
         with open(target, "a", encoding="utf-8") as file:
-            file.writelines(f"{row['run_id']} {record_sha256(dict(row))}\n" for row in rows)
+            file.writelines(f"{row['run_id']} {record_sha256(row)}\n" for row in rows)
 
 
 def equal(found: Any, value: Any) -> bool:

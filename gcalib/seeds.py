@@ -40,9 +40,9 @@ def grouped(configs: Iterable[RunConfig], at_once: int) -> list[list[RunConfig]]
 
 
 def run_seeds(
-    configs: Iterable[RunConfig], store: str | Path, *, device: str = "auto"
+    configs: Iterable[RunConfig], store: str | Path, *, device: str = "auto", wait: bool = True
 ) -> Iterator[tuple[RunConfig, str | Exception]]:
-    """Run configs that differ by their seed, in turns; yield each with its run id, or its error, as it ends.
+    """Run configs that differ by their seed, in turns (`wait` as for `run`); yield each with its run id, or its error.
 
     One that stops early, or fails, leaves the others more of the process.
     """
@@ -50,7 +50,7 @@ def run_seeds(
     on_gpu = target.type == "cuda"
     # in order of the seed: of two processes that wait for each other's runs, both would wait for ever
     turns = {
-        config: (run_in_steps(config, store, device=device), torch.cuda.Stream(target) if on_gpu else None)
+        config: (run_in_steps(config, store, device=device, wait=wait), torch.cuda.Stream(target) if on_gpu else None)
         for config in sorted(configs, key=lambda config: config.seed)
     }
     try:

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gcalib.config import RunConfig
 from gcalib.records import (
@@ -52,6 +52,10 @@ from gcalib.records import (
 log = logging.getLogger("gcalib")
 MANY_FILES = 2000  # loose records, from which on reading them one by one is a nuisance
 SAMPLE = 100  # loose records that estimates learn from
+
+
+class BusyError(RuntimeError):
+    """Another process, here or on another machine, is at the run."""
 
 
 class RunStore:
@@ -171,13 +175,15 @@ class RunStore:
         write(self.record_path(name), pa.Table.from_pylist([{**record, "gca": list(record["gca"])}]))
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold a run for this process; waits while another, here or on another machine, holds it."""
+    def lock(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold a run for this process; wait while another, here or on another machine, holds it, or raise BusyError."""
         path = self.folder / "locks" / f"{name}.lock"
         held = FileLock(path)
         try:
             made(path.parent)
-            held.acquire()
+            held.acquire(blocking=wait)
+        except Timeout:
+            raise BusyError(f"Run {name} is under way in another process.") from None
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"{self.folder} cannot be written ({reason}), and run {name} is not in it.") from error

@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 import gcalib.grid
-from gcalib.config import RunConfig
+from gcalib.config import RunConfig, run_id
 from gcalib.estimates import estimate
+from gcalib.experiments import pair_of
 from gcalib.grid import GridError, finished, run_grid
-from gcalib.records import record_sha256
+from gcalib.records import RESULTS_VERSION, record_sha256
 from gcalib.store import RunStore, load_results
 
 TINY = "synthetic:num_users=60,items_a=60,items_b=60"
@@ -68,37 +69,45 @@ def test_the_longest_runs_start_first(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert order == [32, 16, 8]
 
 
-def _killer(times: int, stop: threading.Event) -> None:
-    """Kill that many worker processes, each as soon as it is seen."""
-    while times and not stop.is_set():
-        for child in multiprocessing.active_children():
-            if times and child.pid and child.is_alive():
-                time.sleep(0.3)
-                os.kill(child.pid, signal.SIGKILL)
-                child.join()
-                times -= 1
-        time.sleep(0.02)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_another_process_is_at_comes_last(tmp_path: Path, workers: int) -> None:
+    """Several processes may be given the same grid: they share the work instead of waiting for each other."""
+    first, *others = [tiny_config(seed=seed) for seed in range(3)]
+    store, arguments = RunStore(tmp_path), ([first, *others], tmp_path)
+    shared = threading.Thread(target=run_grid, args=arguments, kwargs={"workers": workers})
+    with store.lock(run_id(first, pair_of(first).sha256, RESULTS_VERSION)):
+        shared.start()
+        while len(store.names()) < 2 and shared.is_alive():
+            time.sleep(0.01)
+        assert set(finished(others, tmp_path)) == set(store.names()) and shared.is_alive()
+    shared.join()
+    assert len(store.names()) == 3
 
 
 @pytest.mark.parametrize(("kills", "ends"), [(1, "stored"), (50, "failed")])
 def test_a_worker_that_is_killed_costs_its_own_run_one_try(
-    serial: Path, tmp_path: Path, kills: int, ends: str, caplog: pytest.LogCaptureFixture
-) -> None:
+    serial: Path, tmp_path: Path, kills: int, ends: str, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     configs = [tiny_config(seed=seed) for seed in (0, 1)]
-    stop = threading.Event()
-    thread = threading.Thread(target=_killer, args=(kills, stop))
-    thread.start()
-    try:
-        if ends == "stored":
-            frame = run_grid(configs, tmp_path, workers=2)
-            assert {record_sha256(row) for row in frame.to_dict("records")} < set(hashes(serial))
-            assert "A worker died (exit code -9)" in caplog.text
-        else:
-            with pytest.raises(GridError, match="2 run.s. failed.*died 2 times, last with exit code -9"):
-                run_grid(configs, tmp_path, workers=2)
-    finally:
-        stop.set()
-        thread.join()
+    start, timers = gcalib.grid._Pool.start, []
+
+    def start_and_kill(pool: gcalib.grid._Pool) -> gcalib.grid._Worker:
+        worker = start(pool)
+        if len(timers) < kills:  # while it imports, with its run already given to it
+            timers.append(threading.Timer(0.3, os.kill, (worker.process.pid, signal.SIGKILL)))
+            timers[-1].start()
+        return worker
+
+    monkeypatch.setattr(gcalib.grid._Pool, "start", start_and_kill)
+    if ends == "stored":
+        frame = run_grid(configs, tmp_path, workers=2)
+        assert {record_sha256(row) for row in frame.to_dict("records")} < set(hashes(serial))
+        assert caplog.text.count("A worker died (exit code -9)") == 1
+    else:
+        with pytest.raises(GridError, match="2 run.s. failed.*died 2 times, last with exit code -9"):
+            run_grid(configs, tmp_path, workers=2)
+        assert len(timers) == 4
     assert not multiprocessing.active_children()
 
 
