@@ -34,6 +34,7 @@ import papermill
 from nbformat import NotebookNode
 
 from gcalib.config import Profile
+from gcalib.data.errors import NoDataError
 from gcalib.pages import Page, frame, to_html
 from gcalib.records import RESULTS_VERSION, record_sha256
 from gcalib.store import RunStore
@@ -41,13 +42,15 @@ from gcalib.store import RunStore
 log = logging.getLogger("gcalib")
 FOLDER = Path("notebooks")
 MAX_KB = 300
+NO_DATA = re.compile(rf"cell \d+: {NoDataError.__name__}: ")
 
 
 @dataclass(frozen=True)
 class Outcome:
     """One notebook's execution: its file name, seconds, and the sentence that ended it (None: it went through).
 
-    `kept`: it was executed earlier, in that many seconds, and nothing that it came from has changed.
+    `kept`: it was executed earlier, and nothing that it came from has changed. With `resume`, `seconds` are those of
+    the earlier execution; in place, this one ended where the notebook reads data that is not on this machine.
     """
 
     name: str
@@ -87,7 +90,8 @@ def execute(
         The notebooks.
     out
         Folder of the executed copies and their HTML; None executes in place, for a commit: metadata cleaned,
-        provenance written, and a notebook that fails left as it was.
+        provenance written, and a notebook that fails left as it was. One that fails because the data it reads is
+        not on this machine, and is fit to read as it is, counts as kept.
     profile
         Injected as the notebooks' parameter; None leaves what each of them names.
     resume
@@ -118,7 +122,11 @@ def execute(
                 elif error is None:
                     notebook.metadata["gcalib"] = _provenance(notebook, trace)
                     nbformat.write(notebook, path)
-        yield Outcome(path.name, time.perf_counter() - started, error)
+        seconds = time.perf_counter() - started
+        if out is None and error is not None and NO_DATA.match(error) and not faults(path):
+            yield Outcome(path.name, seconds, None, kept=True)
+        else:
+            yield Outcome(path.name, seconds, error)
 
 
 def _execute(path: Path, result: Path, parameters: dict[str, Any], trace: Path) -> str | None:

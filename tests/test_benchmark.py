@@ -87,6 +87,13 @@ def test_the_quick_benchmark_measures_everything(
         assert line in printed
     assert "MISSED" not in printed  # goals are for the real pair
 
+    benchmark.main(["ranking", "--quick", "--out", str(out)])  # one part anew: the others stay
+    again = json.loads(out.read_text())
+    assert again["step"] == found["step"] and again["ranking"] != found["ranking"]
+    with pytest.raises(SystemExit):
+        benchmark.main(["ranking", "--out", str(out)])
+    assert "was measured otherwise" in capsys.readouterr().err and json.loads(out.read_text()) == again
+
 
 def test_the_flops_of_a_step_are_those_of_its_formula() -> None:
     """Attention, as records and the benchmark count it: 14 L^2 d for each of a stream's sequences."""

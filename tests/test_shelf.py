@@ -146,6 +146,29 @@ def test_a_notebook_that_fails_in_place_is_left_as_it_was(project: Path) -> None
     assert any("not executed" in fault for fault in shelf.faults(path))
 
 
+def test_a_notebook_whose_data_is_elsewhere_is_kept_if_nothing_else_changed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project / "notebooks" / "00_fails.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells[-1].source = 'import os\nif "GCALIB_DATA" in os.environ:\n    gcalib.load_pair("food-kitchen")'
+    nbformat.write(book, path)
+    monkeypatch.delenv("GCALIB_DATA", raising=False)
+    assert command("notebooks", "--in-place", "00").returncode == 0
+    before = path.read_bytes()
+
+    monkeypatch.setenv("GCALIB_DATA", str(project))  # where there are no ratings
+    away = command("notebooks", "--in-place", "00")
+    assert away.returncode == 0 and re.search("00_fails.ipynb .* s  kept\n", away.stdout)
+    assert path.read_bytes() == before
+
+    book = nbformat.read(path, as_version=4)
+    book.cells[0].source += " And more."
+    nbformat.write(book, path)
+    changed = command("notebooks", "--in-place", "00")
+    assert changed.returncode == 1 and "NoDataError: GCALIB_DATA=" in changed.stdout
+
+
 def test_an_unknown_parameter_stops_with_the_list_of_the_known(project: Path) -> None:
     import papermill
 

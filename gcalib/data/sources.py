@@ -18,6 +18,7 @@ import pandas as pd
 import pooch
 import requests
 
+from gcalib.data.errors import NoDataError
 from gcalib.data.files import fault, read_bytes, read_text, unpack
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.paths import read_path
@@ -117,7 +118,7 @@ def locate(name: str, source: Source, download: bool = True) -> tuple[Path, byte
         wanted = f"{source.path} (sha256 {source.sha256}) was expected in it for the pair {name}"
         path = Path(folder) / source.path
         if not path.is_file():
-            raise DataError(f"GCALIB_DATA={folder} has no file {path}: {wanted}.")
+            raise NoDataError(f"GCALIB_DATA={folder} has no file {path}: {wanted}.")
         data = read_bytes(path)
         _verify(path, data, source)
         return path, data
@@ -126,14 +127,14 @@ def locate(name: str, source: Source, download: bool = True) -> tuple[Path, byte
         needed = dict.fromkeys((*PAIRS[name].files, source))
         files = (f"{file.path} (sha256 {file.sha256})" for file in needed)
         what = name if source in PAIRS[name].files else f"The item text of {name}"
-        raise DataError(
+        raise NoDataError(
             f"{what} has no public download: put {' and '.join(files)} into a folder and set the environment variable "
             "GCALIB_DATA to that folder."
         )
     if download:
         _download(source, path)
     elif not path.is_file():
-        raise DataError(f"{path} is missing; load_pair({name!r}) downloads it.")
+        raise NoDataError(f"{path} is missing; load_pair({name!r}) downloads it.")
     data = read_bytes(path)
     _verify(path, data, source)
     return path, data
@@ -157,7 +158,7 @@ def _download(source: Source, path: Path) -> None:
     except (OSError, ValueError) as error:  # what requests raises is an OSError; a wrong hash is a ValueError
         unreachable = isinstance(error, requests.ConnectionError | requests.Timeout)
         reason = "the server cannot be reached" if unreachable else " ".join(str(error).split()).rstrip(".")
-        raise DataError(
+        raise NoDataError(
             f"{source.url} could not be downloaded ({reason}); set the environment variable GCALIB_DATA to a folder "
             f"that holds {source.path} (sha256 {source.sha256}) to do without."
         ) from None
