@@ -131,7 +131,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def goals(found: dict[str, Any]) -> list[tuple[str, float | None, str, str, bool]]:
-    """Each goal of the parts that were measured: what, measured (None if it was not), the goal, the unit, whether met."""
+    """Each goal of the measured parts: what, measured (None if it was not), the goal, the unit, whether it is met."""
     rows: list[tuple[str, float | None, str, str, bool]] = []
     for name, step in found.get("step", {}).items():
         precision = name.split()[-1]
