@@ -20,6 +20,14 @@ NULLS = {
 }
 
 
+def _bounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame, where a mean without bounds has a bar of no length, which its dot hides.
+
+    Bars filtered by what is there would be a second source of data, of which Vega-Lite warns on the reader's console.
+    """
+    return frame.assign(low=frame["low"].fillna(frame["mean"]), high=frame["high"].fillna(frame["mean"]))
+
+
 def metric_with_intervals(
     frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant", columns: int = 0
 ) -> alt.FacetChart:
@@ -37,8 +45,8 @@ def metric_with_intervals(
     """
     check(frame, variant, "domain", "mean", "low", "high")
     axis: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
-    base = base_of(frame, width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, color=GREY)
+    base = base_of(_bounded(frame), width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
+    bars = base.mark_rule(strokeWidth=2.5, color=GREY)
     dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))
     panels = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q")) + dots
     faceted = facet(panels, "domain", frame["domain"].unique(), columns)
@@ -54,6 +62,7 @@ def differences(
     row: str = "case",
     panel: str = "domain",
     columns: int = 0,
+    own_axes: bool = False,
 ) -> alt.FacetChart:
     """Mean differences with their intervals about the line of no difference, a row a case, in panels.
 
@@ -66,6 +75,8 @@ def differences(
         What the numbers are, for the axis, with the unit.
     columns
         Panels side by side; by default all.
+    own_axes
+        Whether each panel has rows and a scale of its own; all are as high as the one of most rows.
     """
     check(frame, row, panel, "mean", "low", "high")
     words = ["gain", "loss", "undecided"]
@@ -73,13 +84,16 @@ def differences(
     axis: dict[str, Any] = {"title": metric, "axis": alt.Axis(tickCount=5)}
     shown = alt.Scale(domain=words, range=[COLOURS[0], COLOURS[1], "#999999"])
     colour = alt.Color("decided:N", title="the interval says", scale=shown, legend=alt.Legend(orient="top"))
-    drawn = base_of(table, width=270, height=alt.Step(24))
+    rows = int(frame.groupby(panel)[row].nunique().max())
+    drawn = base_of(_bounded(table), width=270, height=24 * rows if own_axes else alt.Step(24))
     base = drawn.encode(alt.Y(f"{row}:N", title=None, sort=None))
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5)
+    bars = base.mark_rule(strokeWidth=2.5)
     dots = base.mark_point(opacity=1, size=70).encode(alt.X("mean:Q", **axis), colour)
     zero = drawn.mark_rule(color=GREY, strokeDash=[4, 3]).encode(alt.X(datum=0, title=metric))
     panels = zero + bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q"), colour) + dots
-    return titled(facet(panels, panel, frame[panel].unique(), columns), title, subtitle)
+    faceted = facet(panels, panel, frame[panel].unique(), columns)
+    shared: alt.FacetChart = faceted.resolve_scale(x="independent", y="independent") if own_axes else faceted
+    return titled(shared, title, subtitle)
 
 
 def against_nulls(
@@ -172,16 +186,14 @@ def size_and_quality(
         What the axes are, with units.
     """
     check(frame, "variant", "domain", x, "mean", "low", "high")
-    base = base_of(frame, width=270, height=210).encode(
+    base = base_of(_bounded(frame), width=270, height=210).encode(
         log_axis(alt.X, frame[x], x_title),
         alt.Color("variant:N", title=None, sort=None, legend=alt.Legend(orient="top")),
     )
     y: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
     lines = base.mark_line(point=alt.OverlayMarkDef(opacity=1, size=50)).encode(alt.Y("mean:Q", **y))
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.6)
-    # a layer without any bar would leave the axes of Vega-Lite without a place
-    bounded = bool(frame["low"].notna().any())
-    panels = bars.encode(alt.Y("low:Q", **y), alt.Y2("high:Q")) + lines if bounded else alt.layer(lines)
+    bars = base.mark_rule(strokeWidth=1.5, opacity=0.6)
+    panels = bars.encode(alt.Y("low:Q", **y), alt.Y2("high:Q")) + lines
     return titled(facet(panels, "domain", frame["domain"].unique()).resolve_scale(y="independent"), title, subtitle)
 
 
