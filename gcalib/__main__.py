@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +91,7 @@ def grid(
     if not dry_run:
         extra = {"cpus": cpus, "gpus": gpus, "gather": gather} if engine == "ray" else {}
         extra["seeds_at_once"] = seeds_at_once
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's word for Ctrl-C
         try:
             run_grid(configs, asked.store, engine=engine, workers=workers, device=device, **extra)  # type: ignore[arg-type]
         except Interrupted as error:

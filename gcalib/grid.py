@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -247,6 +248,7 @@ def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what Python holds is given back
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             configs, wait = pipe.recv()
@@ -257,6 +259,14 @@ def _work(pipe: Connection, store: str, device: str, threads: int) -> None:
                 pipe.send((config.seed, outcome))
             except Exception:  # an error that cannot be sent is sent as what it says
                 pipe.send((config.seed, RuntimeError(f"{type(outcome).__name__}: {outcome}")))
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone: nobody would hear what it finds."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by a process"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)  # as if killed, which the store survives; a checkpoint is at most some epochs old
 
 
 def _shared(

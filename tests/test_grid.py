@@ -137,27 +137,54 @@ def alive(group: int) -> bool:
     return True
 
 
-def test_ctrl_c_leaves_what_is_finished_and_no_process(serial: Path, project: Path) -> None:
+def start_and_wait(project: Path, folder: str = "records") -> subprocess.Popen[str]:
+    """A grid of two workers in a session of its own, once there is a file in a folder of its store."""
     process = subprocess.Popen(
         command("grid", "--profile", "six", "--workers", "2"), start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not RunStore(project / "results").names() and time.monotonic() < deadline:
+    while not list((project / "results" / folder).glob("[!.]*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    return process
+
+
+def gone(group: int) -> bool:
+    """Whether a group of processes ends; Python's own resource tracker does a moment after its parent."""
+    for _ in range(100):
+        if not alive(group):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_leaves_what_is_finished_and_no_process(serial: Path, project: Path, sent: signal.Signals) -> None:
+    process = start_and_wait(project)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # what a terminal does
+    else:
+        process.send_signal(sent)  # what a batch system may do
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.splitlines() == [
         "Interrupted: what was finished is stored, what was running resumes from its last checkpoint."
     ]
-    for _ in range(100):  # Python's own resource tracker ends a moment after its parent
-        if not alive(process.pid):
-            break
-        time.sleep(0.05)
-    assert not alive(process.pid)
+    assert gone(process.pid)
     assert 0 < len(RunStore(project / "results").names()) < 6
     done = subprocess.run(command("grid", "--profile", "six"), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("6 runs, ") and hashes(project / "results") == hashes(serial)
+
+
+def test_workers_end_with_the_process_that_started_them(project: Path) -> None:
+    profile = project / "params" / "six.yaml"
+    profile.write_text(profile.read_text().replace("epochs: 2", "epochs: 100000\n  stop_patience: 100000"))
+    process = start_and_wait(project, "checkpoints")
+    process.kill()
+    process.wait()
+    left = not gone(process.pid)
+    if left:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not left
 
 
 def test_kills_at_random_moments_change_no_record(serial: Path, project: Path) -> None:
