@@ -8,8 +8,9 @@ is made of every model: it is confirmed if it is so for each, refuted if it is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,13 +97,27 @@ def alignment(runs: pd.DataFrame) -> pd.DataFrame:
     return cosines.merge(ranking, on=["run_id", "domain"])
 
 
+CELLS = ["pair", "point"]
+"""What comparable runs share, for C2."""
+
+
+def comparable(rows: pd.DataFrame) -> bool:
+    """Whether rows of `alignment` have two cells or more in which several runs compare: a correlation needs them."""
+    return bool((rows.groupby(CELLS).size() > 1).sum() > 1)
+
+
 def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
-    """C2: among runs of one pair and insertion point, does NDCG@10 fall as the cosine rises?"""
+    """C2: among runs of one pair and insertion point, does NDCG@10 fall as the cosine rises?
+
+    A model whose runs have one such cell only is undecided.
+    """
     rows = []
     for (model, domain), part in alignment(runs).groupby(["model", "domain"], sort=False):
-        found = relations.correlations(part, "cos_mean_abs", "ndcg", ["pair", "point"])
-        within = found[found["reading"] == "within cells"]
-        ((r, low, high),) = within[["r", "low", "high"]].to_numpy(float)
+        r = low = high = np.nan
+        if comparable(part):
+            found = relations.correlations(part, "cos_mean_abs", "ndcg", CELLS)
+            within = found[found["reading"] == "within cells"]
+            ((r, low, high),) = within[["r", "low", "high"]].to_numpy(float)
         question = f"r of mean |cos(X, X′)| with NDCG@10 in {domain}, within pair and point"
         word = stats.verdict(low, high, expected=-1)
         rows.append(("C2", model, question, r, low, high, "r", word, len(part)))
@@ -132,7 +147,7 @@ STEPS = [("GCA0", "GCA0+1"), ("GCA1", "GCA0+1"), ("GCA1", "GCA1+2"), ("GCA0+1", 
 def depth(runs: pd.DataFrame) -> pd.DataFrame:
     """C5: what does one insertion point more add? A loss in some step confirms the claim, a gain in each refutes it.
 
-    The worst of several steps is looked at, so the intervals are Bonferroni's.
+    The worst of several steps is looked at, so the intervals are Bonferroni's. A model without stacks is undecided.
     """
     level = 1 - 0.05 / len(STEPS)
     steps = [effect(runs, base, [more], level=level).assign(step=f"{more} against {base}") for base, more in STEPS]
@@ -144,6 +159,9 @@ def depth(runs: pd.DataFrame) -> pd.DataFrame:
         question = f"{worst['step']}, NDCG@10: the worst of {len(part)} steps"
         found = (worst["mean"], worst["low"], worst["high"])
         rows.append(("C5", model, question, *found, "%", word, int(part["n"].sum())))
+    for model in runs["model"].unique():
+        if model not in {row[1] for row in rows}:
+            rows.append(("C5", model, "no runs with stacks", np.nan, np.nan, np.nan, "%", "undecided", 0))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -182,3 +200,26 @@ def overall(judged: pd.DataFrame) -> pd.DataFrame:
         counts = {name: int((words == name).sum()) for name in ("confirmed", "refuted", "undecided")}
         rows.append({"claim": claim, "text": TEXTS[str(claim)], "verdict": word, **counts})
     return pd.DataFrame(rows)
+
+
+def figure(row: Mapping[str, Any] | pd.Series) -> str:
+    """The figure of a judged row with its interval, for a sentence or a table."""
+    if not row["runs"]:
+        return "no runs"
+    unit = "%" if row["unit"] == "%" else ""
+    return stats.said(row["ours"], row["low"], row["high"], unit=unit, digits=1 if unit else 2)
+
+
+def in_short(judged: pd.DataFrame) -> str:
+    """The verdicts as a Markdown table: a row a claim, a column a model; domains apart where they were judged so."""
+    models = judged["model"].unique()
+    lines = [f"| claim | {' | '.join(models)} | verdict |", "|---" * (len(models) + 2) + "|"]
+    for total in overall(judged).itertuples():
+        mine = judged[judged["claim"] == total.claim]
+        cells = []
+        for model in models:
+            rows = [row for _, row in mine[mine["model"] == model].iterrows()]
+            letters = [f"{row['question'].split(' in ')[1][0]}: " if len(rows) > 1 else "" for row in rows]
+            cells.append("<br>".join(letter + figure(row) for letter, row in zip(letters, rows, strict=True)))
+        lines.append(f"| {total.claim}: {total.text} | {' | '.join(cells)} | **{total.verdict}** |")
+    return "\n".join(lines)

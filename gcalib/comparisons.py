@@ -198,7 +198,14 @@ def size_and_quality(
 
 
 def trajectories(
-    curves: pd.DataFrame, *, y: str, y_title: str, title: str, subtitle: str = "", colour: str = "model"
+    curves: pd.DataFrame,
+    *,
+    y: str,
+    y_title: str,
+    title: str,
+    subtitle: str = "",
+    colour: str = "model",
+    columns: int = 0,
 ) -> alt.FacetChart:
     """A measure over training, a line a case (its runs averaged), a panel a domain.
 
@@ -209,6 +216,8 @@ def trajectories(
         Drawn as far as every run of a case trained, thinned to `EPOCHS` epochs.
     y_title
         What it is, with its unit.
+    columns
+        Panels side by side; by default all.
     """
     check(curves, "case", colour, "domain", "epoch", y)
     parts = []
@@ -217,9 +226,10 @@ def trajectories(
         mean = table["mean"][y][table["count"][y] == table["count"][y].max()]
         kept = np.unique(np.linspace(0, len(mean) - 1, min(EPOCHS, len(mean))).round().astype(int))
         parts.append(mean.iloc[kept].rename("value").reset_index().assign(case=case, name=name, domain=domain))
-    chart = base_of(pd.concat(parts), width=270, height=210).mark_line(strokeWidth=1.6, opacity=0.85).encode(
+    size = {"width": 210, "height": 120} if columns else {"width": 270, "height": 210}  # in several rows, smaller
+    chart = base_of(pd.concat(parts), **size).mark_line(strokeWidth=1.6, opacity=0.85).encode(
         alt.X("epoch:Q", title="epoch (0 = untrained)", axis=alt.Axis(tickMinStep=1, tickCount=6, grid=False)),
         alt.Y("value:Q", title=y_title, axis=alt.Axis(tickCount=5)),
         alt.Color("name:N", title=None, sort=None, legend=alt.Legend(orient="top")), alt.Detail("case:N"),
     )  # fmt: skip
-    return titled(facet(chart, "domain", curves["domain"].unique()), title, subtitle)
+    return titled(facet(chart, "domain", curves["domain"].unique(), columns), title, subtitle)

@@ -134,8 +134,9 @@ def _execute(path: Path, result: Path, parameters: dict[str, Any], trace: Path) 
     os.environ["GCALIB_TRACE"] = str(trace)
     try:
         papermill.execute_notebook(
-            path, result, parameters, kernel_name="python3", language="python", progress_bar=False, cwd=Path.cwd()
-        )
+            path, result, parameters, kernel_name="python3", language="python", progress_bar=False, cwd=Path.cwd(),
+            extra_arguments=["--IPKernelApp.log_level=50"],  # its warnings are about the kernel, not the notebook
+        )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"
     except Exception as error:  # noqa: BLE001 - a kernel can die in many ways, and the other notebooks go on

