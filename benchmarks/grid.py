@@ -89,11 +89,16 @@ def _beside(configs: list[RunConfig], store: Path) -> float:
 
     def timed(*arguments: Any) -> Any:
         nonlocal spent
-        started = time.perf_counter()
-        try:
-            return real(*arguments)
-        finally:
-            spent += time.perf_counter() - started
+        steps = real(*arguments)
+        while True:
+            started = time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            finally:
+                spent += time.perf_counter() - started
+            yield  # until it is resumed, the time is the scheduler's
 
     gcalib.experiments._compute = timed
     try:

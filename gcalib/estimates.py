@@ -16,6 +16,7 @@ from gcalib.store import RunStore
 SECONDS_PER_OPERATION = 3e-11  # of one core, where nothing is stored to learn from
 EPOCHS_SHARE = 0.6  # of the limit, before early stopping ends a run
 BYTES_AT_REST = 0.6e9  # of a process with torch loaded
+HIGH = 0.9  # quantile of the memory of runs like it, which a machine should have
 ENOUGH = 200  # stored runs of a model to learn from
 
 FIELDS = ("pair", "model", "gca", "dim", "negatives", "ties", "max_length")
@@ -24,7 +25,7 @@ FIELDS = ("pair", "model", "gca", "dim", "negatives", "ties", "max_length")
 
 def learnable(runs: RunStore) -> pd.DataFrame:
     """What `estimate` learns from, of all runs of a store or, if they are very many, of some."""
-    return runs.costs([*FIELDS, "epochs_trained", "stopped_early", "seconds"])
+    return runs.costs([*FIELDS, "batch_size", "epochs_trained", "stopped_early", "seconds", "peak_memory_bytes"])
 
 
 def estimate(configs: Sequence[RunConfig], stored: pd.DataFrame) -> pd.DataFrame:
@@ -38,16 +39,17 @@ def estimate(configs: Sequence[RunConfig], stored: pd.DataFrame) -> pd.DataFrame
     Returns
     -------
     pandas.DataFrame
-        `seconds`; `bytes` of memory; `learned_from`, the number of stored runs of the same model (0: guessed from the
-        operations alone).
+        `seconds`; `bytes` of memory, which nine in ten runs like it stayed below; `learned_from`, the number of stored
+        runs of the same model (0: guessed from the operations and sizes alone).
     """
     known = stored[stored["seconds"] > 0] if len(stored) else stored
     learned = {model: _learn(known, model) for model in dict.fromkeys(config.model for config in configs)}
     rows = []
     for config in configs:
-        rate, epochs, count = learned[config.model]
+        rate, epochs, count, memory = learned[config.model]
         epochs = min(epochs, config.epochs) if count else EPOCHS_SHARE * config.epochs
-        rows.append({"seconds": rate * operations(config) * epochs, "bytes": _bytes(config), "learned_from": count})
+        seconds = rate * operations(config) * epochs
+        rows.append({"seconds": seconds, "bytes": memory * _bytes(config), "learned_from": count})
     return pd.DataFrame(rows, columns=["seconds", "bytes", "learned_from"])
 
 
@@ -82,16 +84,19 @@ def _size_of(pair: str, max_length: int, min_per_domain: int | None) -> tuple[in
     return int(found.offsets[-1]), sum(found.num_items)
 
 
-def _learn(known: pd.DataFrame, model: str) -> tuple[float, float, int]:
-    """Of the stored runs of a model: seconds an operation, epochs until one stops by itself, how many they are."""
+def _learn(known: pd.DataFrame, model: str) -> tuple[float, float, int, float]:
+    """Of the stored runs of a model: seconds an operation, epochs until one stops by itself, how many they are, and
+    how many times the memory of the formula they took.
+    """
     same = known[(known["model"] == model) & (known["epochs_trained"] > 0)] if len(known) else known
     if not len(same):
-        return SECONDS_PER_OPERATION, 0.0, 0
+        return SECONDS_PER_OPERATION, 0.0, 0, 1.0
     # in such an order that each pair is loaded once
-    same, rates = same.head(ENOUGH).sort_values(["pair", "max_length", "ties"]), []
+    same, rates, shares = same.head(ENOUGH).sort_values(["pair", "max_length", "ties"]), [], []
     for row in same.to_dict("records"):
-        fields = {name: row[name] for name in FIELDS}
-        work = operations(RunConfig(**fields, heads=1, self_heads=1)) * row["epochs_trained"]
-        rates.append(row["seconds"] / work)
+        config = RunConfig(**{name: row[name] for name in (*FIELDS, "batch_size")}, heads=1, self_heads=1)
+        rates.append(row["seconds"] / (operations(config) * row["epochs_trained"]))
+        shares.append(row["peak_memory_bytes"] / _bytes(config))
     stopped = same.loc[same["stopped_early"].astype(bool), "epochs_trained"]
-    return float(pd.Series(rates).median()), float(stopped.median()) if len(stopped) else math.inf, len(same)
+    epochs = float(stopped.median()) if len(stopped) else math.inf
+    return float(pd.Series(rates).median()), epochs, len(same), float(pd.Series(shares).quantile(HIGH))

@@ -171,7 +171,9 @@ def write(path: Path, table: pa.Table) -> None:
     temporary = made(path.parent) / f".{path.stem}.{secrets.token_hex(4)}"
     try:
         # what helps with many rows takes a third of the time and space of one
-        pq.write_table(table, temporary, use_dictionary=False, write_statistics=False)
+        pq.write_table(table, temporary, use_dictionary=False, write_statistics=False, write_page_checksum=True)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or the name may outlive a power cut, and the content not
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}.") from error
@@ -190,11 +192,19 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
         If it is damaged; the message says what to do.
     """
     try:
-        return pq.ParquetFile(path).read(columns)
+        return pq.ParquetFile(path, page_checksum_verification=True).read(columns)
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable record ({error}): delete it to run it again.") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {_remedy(path)}.") from error
+
+
+def _remedy(path: Path) -> str:
+    if path.stem == COMPACTED:
+        return "it holds many runs, so restore it from a copy; without it they have to run again"
+    if path.parent.name == "curves":
+        return f"delete it, and {path.parents[1] / 'records' / path.name}, to run it again"
+    return "delete it to run it again"
 
 
 def record_of(table: pa.Table) -> dict[str, Any]:

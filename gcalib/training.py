@@ -10,6 +10,7 @@ import os
 import secrets
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -254,7 +255,7 @@ def _fit(
     state, best_model = _State(), copy.deepcopy(trainer.model.state_dict())
     if checkpoint is not None and checkpoint.exists():
         try:
-            content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            content = _load(checkpoint)
         except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
             aside = checkpoint.with_suffix(".damaged")
             os.replace(checkpoint, aside)
@@ -352,6 +353,14 @@ def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Ten
         log.warning("%s could not be written (%s): the run goes on without it.", path, error)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} has another checksum than when it was written")
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 def _restore(content: dict[str, Any], path: Path, trainer: Trainer) -> tuple[_State, dict[str, Tensor]]:

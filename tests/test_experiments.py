@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 
 import gcalib.experiments
 from gcalib.config import RunConfig, run_id
-from gcalib.data.pair import DataError
+from gcalib.data.pair import DataError, Pair
 from gcalib.experiments import run
 from gcalib.grid import run_grid
 from gcalib.records import RESULTS_VERSION, record_sha256
@@ -102,20 +103,36 @@ def test_run_id_depends_on_config_data_and_version_only() -> None:
     assert len({name, *others}) == 6
 
 
+def _set_up_process(barrier: Barrier, computed: Path) -> None:
+    """Have the process write the id of each run that it really computes to a file."""
+    global _both_are_here
+    _both_are_here, real = barrier.wait, gcalib.experiments._compute
+
+    def noted(config: RunConfig, pair: Pair, name: str, *others: object) -> object:
+        with computed.open("a") as file:
+            file.write(f"{name}\n")
+        return real(config, pair, name, *others)
+
+    gcalib.experiments._compute = noted
+
+
 def _run_in_process(arguments: tuple[dict[str, object], str]) -> str:
     fields, store = arguments
+    _both_are_here(60)
     return run(RunConfig(**fields), store)["run_id"]
 
 
 def test_two_processes_on_one_store_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    """Both ask for all runs at once; each curve file is written once, and all records equal the serial ones."""
+    """Both ask for each run at once; it is computed once, and all records equal the serial ones."""
     configs = [tiny_config(seed=seed) for seed in range(3)]
     serial = run_grid(configs, tmp_path / "serial")
     shared = tmp_path / "shared"
     work = [(config.model_dump(), str(shared)) for config in configs for _ in range(2)]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    context, computed = multiprocessing.get_context("spawn"), tmp_path / "computed"
+    with context.Pool(2, _set_up_process, (context.Barrier(2), computed)) as pool:
         names = pool.map(_run_in_process, work, chunksize=1)
     assert sorted(names) == sorted(serial["run_id"].tolist() * 2)
+    assert sorted(computed.read_text().split()) == sorted(serial["run_id"])
     parallel = load_results(shared)
     assert {record_sha256(r) for r in parallel.to_dict("records")} == {
         record_sha256(r) for r in serial.to_dict("records")

@@ -1,13 +1,19 @@
-"""The README says what the committed benchmarks and files say."""
+"""The README says what the committed records, benchmarks and files say."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
+import pandas as pd
 import pytest
+
+from gcalib import claims, run_grid, tables
+from gcalib.config import Profile
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +43,28 @@ def test_the_speed_table_is_that_of_the_kept_runs() -> None:
     assert row("full ranking") == f"{run['ranking']['ratio']:.1f} times"
     assert row("loading") == f"{loading['load_s']:.1f} s"
     assert row("`import gcalib`") == f"{loading['import_s']:.1f} s, of which torch {loading['torch_share']:.0%}"
+
+
+@pytest.fixture(scope="module")
+def study() -> pd.DataFrame:
+    return run_grid(Profile.load("first", ROOT / "params").grid_configs(), ROOT / "results")
+
+
+def test_the_verdicts_are_those_of_the_records(study: pd.DataFrame) -> None:
+    assert claims.in_short(claims.judge(tables.named(study))) in README
+
+
+def test_the_hours_are_those_of_the_records(study: pd.DataFrame) -> None:
+    assert f"The {len(study)} runs of `first` took {study['seconds'].sum() / 3600:.0f} hours of one core" in README
+
+
+def test_the_figure_is_the_one_of_its_notebook() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "07_orthogonality.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [
+        base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})
+    ]
+    assert (ROOT / "docs" / "finding.png").read_bytes() in pictures
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,19 +110,27 @@ def test_a_killed_run_ends_in_the_same_record(tmp_path: Path) -> None:
     assert [path.name for path in store.folder.rglob("*") if path.is_file()] == [f"{alone['run_id']}.parquet"] * 2
 
 
+def flipped(content: bytes) -> bytes:
+    """One bit of the largest tensor is another."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], flipped], ids=["cut", "one bit"])
 def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_set_aside(
-    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
 ) -> None:
     checkpoint = tmp_path / "run.pt"
     fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
     with pytest.raises(ValueError, match="belongs to another run"):
         fit(tiny_config(epochs=1, seed=5), pair, device="cpu", checkpoint=checkpoint)
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    broken = damage(checkpoint.read_bytes())
+    checkpoint.write_bytes(broken)
     fresh = fit(tiny_config(epochs=1), pair, device="cpu")
     with caplog.at_level("WARNING"):
         again = fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
     assert again.curves == fresh.curves and "could not be read and is now" in caplog.text
-    assert (tmp_path / "run.damaged").stat().st_size == 1000 and checkpoint.exists()
+    assert (tmp_path / "run.damaged").read_bytes() == broken and checkpoint.exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_no_run(
