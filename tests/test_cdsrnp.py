@@ -19,6 +19,7 @@ from gcalib.data.synthetic import synthetic_pair
 from gcalib.evaluation import evaluate, score
 from gcalib.models import build_model
 from gcalib.models.cdsrnp import CDSRNP
+from gcalib.models.cost import flops_per_step
 from gcalib.models.neural_process import Gaussian, LatentEncoder, Support
 from gcalib.training import Trainer
 
@@ -416,3 +417,12 @@ def test_a_batch_of_users_of_one_domain_has_a_loss(name: str) -> None:
     torch.stack(list(losses.values())).sum().backward()
     assert losses["b"] == 0 < losses["a"]
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_its_operations_do_not_depend_on_what_was_drawn_before() -> None:
+    pair = synthetic_pair(num_users=200, num_items=(60, 70), seed=4)  # more users than a step reads of the support
+    model, counts = build_model(RunConfig(pair="synthetic", model="cdsrnp", dim=8), pair), set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        counts.add(flops_per_step(model, pair, 16))
+    assert len(counts) == 1

@@ -55,6 +55,7 @@ def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 
     was_training = model.training
     model.train()
     with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as count:
+        torch.manual_seed(seed)  # a model may draw which users it reads, and the count should not depend on the process
         losses = model.loss(batch, model.negatives(batch, np.random.default_rng(seed)))
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
