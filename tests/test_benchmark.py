@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import gcalib.experiments
 from gcalib.config import RunConfig
 from gcalib.data.batches import make_batch
 from gcalib.models.abxi import ABXI
@@ -93,6 +99,43 @@ def test_the_quick_benchmark_measures_everything(
     with pytest.raises(SystemExit):
         benchmark.main(["ranking", "--out", str(out)])
     assert "was measured otherwise" in capsys.readouterr().err and json.loads(out.read_text()) == again
+
+
+def test_the_quick_grid_benchmark_measures_every_part_but_the_cluster(tmp_path: Path) -> None:
+    """`nodes` is left out: it takes long, and tests/test_grid.py has a cluster that loses a node."""
+    out, parts = tmp_path / "grid.json", ["throughput", "overhead", "finished", "kills"]
+    # in a process of its own: it forks, and pytest's may have threads
+    command = [sys.executable, "-m", "gcalib", "bench", "grid", *parts, "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # the parts compare the records themselves, and fail if some differ
+    found = json.loads(out.read_text())
+    assert set(found) == {"torch", "quick", *parts}
+    throughput, overhead = found["throughput"], found["overhead"]
+    assert throughput["ratio"] == throughput["seconds_1"] / throughput["seconds_2"] > 0 and throughput["runs"] == 2
+    for kind in ("loose_ms", "merged_ms"):
+        assert overhead[kind].keys() == {"0", "20"} and all(0 < ms < 1000 for ms in overhead[kind].values())
+    assert found["finished"]["runs"] == 50 and found["finished"]["seconds"] > 0
+    assert found["kills"]["kills"] >= 4 and found["kills"]["differing_records"] == found["kills"]["files_left"] == 0
+    assert done.stdout.count("overhead a run") == 4 and "MISSED" not in done.stdout  # goals are for the full size
+
+
+def test_the_overhead_of_a_grid_is_without_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the benchmark's clock each run takes two minutes more, before its training and after it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import grid as benchmark
+
+    real, late = gcalib.experiments._compute, 0.0
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal late
+        late += 60
+        computed = yield from real(*arguments)
+        late += 60
+        return computed
+
+    monkeypatch.setattr(gcalib.experiments, "_compute", slow)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late))
+    assert 0 < benchmark._beside(benchmark.grid_of(benchmark.TINY, 2), tmp_path) < 1 and late == 240
 
 
 def test_the_flops_of_a_step_are_those_of_its_formula() -> None:

@@ -103,10 +103,13 @@ def test_run_id_depends_on_config_data_and_version_only() -> None:
     assert len({name, *others}) == 6
 
 
+_both_are_here: Barrier  # set in each process
+
+
 def _set_up_process(barrier: Barrier, computed: Path) -> None:
-    """Have the process write the id of each run that it really computes to a file."""
+    """Have a process write to a file what it really computes; `barrier` is where both meet before each run."""
     global _both_are_here
-    _both_are_here, real = barrier.wait, gcalib.experiments._compute
+    _both_are_here, real = barrier, gcalib.experiments._compute
 
     def noted(config: RunConfig, pair: Pair, name: str, *others: object) -> object:
         with computed.open("a") as file:
@@ -118,7 +121,7 @@ def _set_up_process(barrier: Barrier, computed: Path) -> None:
 
 def _run_in_process(arguments: tuple[dict[str, object], str]) -> str:
     fields, store = arguments
-    _both_are_here(60)
+    _both_are_here.wait(60)
     return run(RunConfig(**fields), store)["run_id"]
 
 
