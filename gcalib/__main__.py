@@ -7,12 +7,32 @@ import runpy
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperGroup
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+if TYPE_CHECKING:
+    from gcalib.config import Profile
+
+INTERRUPTED = 130  # exit code: 128 and the number of the signal
+
+
+class _Commands(TyperGroup):
+    """The commands, of which each answers `Ctrl-C` with a sentence, as typer does not."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            typer.echo(str(error) or "Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+
+
+app = typer.Typer(
+    cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
 
 
 @app.command()
@@ -61,20 +81,21 @@ def grid(
     profile: Annotated[str, typer.Option(help="a profile of params/ that has a grid, by name or file")],
     workers: Annotated[int | None, typer.Option(help="processes that share the cores; default the profile's")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster (RAY_ADDRESS)")] = "local",
-    cpus: Annotated[float, typer.Option(help="ray: cores that a run needs")] = 1,
-    gpus: Annotated[float, typer.Option(help="ray: GPUs that a run needs, such as 0.25")] = 0,
+    cpus: Annotated[float | None, typer.Option(help="ray: cores that a run needs; default 1")] = None,
+    gpus: Annotated[float | None, typer.Option(help="ray: GPUs that a run needs, such as 0.25; default 0")] = None,
     gather: Annotated[bool, typer.Option(help="ray: the nodes do not see the store; bring records here")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     seeds_at_once: Annotated[int, typer.Option(help="seeds of a config in one process, in turns; for a GPU")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, run nothing")] = False,
 ) -> None:
     """Run the grid of a profile: what is stored is not run again, what was interrupted goes on."""
-    from gcalib.config import Profile
     from gcalib.estimates import estimate, learnable
-    from gcalib.grid import Interrupted, finished, run_grid
+    from gcalib.grid import finished, run_grid
     from gcalib.store import RunStore
 
-    asked = Profile.load(Path(profile).stem)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: it must be 1 or more.")
+    asked = _profile(profile)
     configs = asked.grid_configs()
     if not configs:
         raise ValueError(f"The profile {asked.profile} has no grid.")
@@ -89,14 +110,20 @@ def grid(
         f"{plan['bytes'].max() / 1e9 if len(plan) else 0:.1f} GB each."
     )
     if not dry_run:
-        extra = {"cpus": cpus, "gpus": gpus, "gather": gather} if engine == "ray" else {}
-        extra["seeds_at_once"] = seeds_at_once
+        cluster = {"cpus": cpus, "gpus": gpus, "gather": gather or None}
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's word for Ctrl-C
-        try:
-            run_grid(configs, asked.store, engine=engine, workers=workers, device=device, **extra)  # type: ignore[arg-type]
-        except Interrupted as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(130) from None
+        run_grid(
+            configs, asked.store, engine=engine, workers=workers, device=device, seeds_at_once=seeds_at_once,  # type: ignore[arg-type]
+            **{name: value for name, value in cluster.items() if value is not None},
+        )  # fmt: skip
+
+
+def _profile(name: str) -> Profile:
+    """A profile by its name, or the file at a path."""
+    from gcalib.config import Profile
+
+    path = Path(name)
+    return Profile.load(path.stem, path.parent) if path.suffix == ".yaml" and path.is_file() else Profile.load(name)
 
 
 @app.command()
@@ -110,7 +137,7 @@ def notebooks(
 ) -> None:
     """Execute the notebooks in order and write an index; go on after a failure in one."""
     from gcalib import shelf
-    from gcalib.config import Profile
+    from gcalib.config import PARAMS
 
     paths = shelf.notebooks(names or ())
     if check:
@@ -119,9 +146,9 @@ def notebooks(
         raise typer.Exit(bool(wrong))
     if in_place and resume:
         raise ValueError("--resume keeps executed copies; it goes with --out, not with --in-place.")
-    named = Path(profile).stem
-    if not in_place:
-        Profile.load(named)  # a misspelt one is found now, not in each notebook
+    named = "" if in_place else _profile(profile).profile  # a misspelt one is found now, not in each notebook
+    if Path(profile).suffix == ".yaml" and Path(profile).resolve().parent != PARAMS.resolve():
+        raise ValueError(f"--profile {profile}: a notebook reads its profile from {PARAMS}/; put the file there.")
     outcomes = []
     for outcome in shelf.execute(paths, None if in_place else out, None if in_place else named, resume=resume):
         outcomes.append(outcome)

@@ -49,10 +49,15 @@ def finish(steps: Generator[None, None, T]) -> T:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU."""
+    """`"auto"` is CUDA where there is one, else the CPU; a ValueError for a device that is unknown or not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is unknown; the devices are auto, cpu and cuda.")
+    device, gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device={name!r}: PyTorch {torch.__version__} finds {gpus} GPUs; use auto or cpu.")
+    return device
 
 
 @dataclass

@@ -95,6 +95,13 @@ def test_the_level_of_the_cosine_is_held_against_the_paper_s_range(cosine: float
     assert words(claims.same_level(study({}, cosine=cosine))) == {word}
 
 
+def test_a_median_of_few_runs_has_no_interval() -> None:
+    runs = study({}, cosine=0.4)
+    few = runs[(runs["pair"] == "one") & (runs["variant"] == "GCA0")]
+    found = claims.same_level(few)
+    assert words(found) == {"undecided"} and found["runs"].item() == 3 and found["low"].isna().all()
+
+
 def test_depth_is_not_monotone_if_some_step_loses() -> None:
     rising = {"GCA0": 0.0, "GCA1": 1.0, "GCA0+1": 4.0, "GCA1+2": 6.0, "GCA0+1+2": 9.0}
     assert words(claims.depth(study(rising))) == {"refuted"}

@@ -39,6 +39,7 @@ FLOORS = [
     ["experiments"],
     ["estimates", "seeds"],
     ["cluster"],
+    ["pool"],
     ["grid"],
     ["rendering", "stats", "relations", "tables", "pages", "shelf"],
     ["marks", "claims"],

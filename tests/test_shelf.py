@@ -24,6 +24,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "tiny.yaml").write_text("pair: synthetic:num_users=120,items_a=110,items_b=115\n")
     (tmp_path / "params" / "other.yaml").write_text("pair: synthetic\nseeds: [7]\n")
+    (tmp_path / "tiny.yaml").write_text("pair: synthetic\n")
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     settings = "import gcalib\nsettings = gcalib.notebook_parameters(globals())"
@@ -183,6 +184,8 @@ def test_an_unknown_parameter_stops_with_the_list_of_the_known(project: Path) ->
     ("arguments", "sentence"),
     [
         (["notebooks", "--profile", "nope"], "There is no profile 'nope' in params; there are other, tiny."),
+        (["notebooks", "--profile", "away/tiny.yaml"], "There is no profile 'away/tiny.yaml' in params; there are"),
+        (["notebooks", "--profile", "tiny.yaml"], "--profile tiny.yaml: a notebook reads its profile from params/;"),
         (["notebooks", "--in-place", "--resume"], "--resume keeps executed copies; it goes with --out, not with"),
         (["bench", "steps"], "There is no benchmark 'steps'; there are step and grid."),
         (["notebooks", "77"], "No notebook of notebooks starts with '77'; there are 00_fails, 01_works."),
