@@ -169,7 +169,8 @@ def stratified_difference(
             found = [_differences(both, value, pairs, between, name, base, spare=True) for both in parts]
             where = {**dict(zip(groups, group, strict=True)), between: name, "strata": len(found)}
             rows.append({**where, **_pooled([one.to_numpy(float) for one in found], level)})
-    return pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
+    found = pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
+    return found.astype(dict.fromkeys(("mean", "low", "high", "p"), float))  # also where there is no row
 
 
 def said(mean: float, low: float, high: float, unit: str = "%", digits: int = 1) -> str:
@@ -180,7 +181,9 @@ def said(mean: float, low: float, high: float, unit: str = "%", digits: int = 1)
     >>> said(1.23, -0.5, 2.96), said(-0.31, -0.4, -0.2, unit="", digits=2), said(1.0, float("nan"), float("nan"))
     ('+1.2% [-0.5, +3.0]', '-0.31 [-0.40, -0.20]', '+1.0% (too few runs for an interval)')
     """
-    value = f"{mean:+.{digits}f}{unit}" if np.isfinite(mean) else "none"
+    if not np.isfinite(mean):
+        return "too few runs"
+    value = f"{mean:+.{digits}f}{unit}"
     if not np.isfinite([low, high]).all():
         return f"{value} (too few runs for an interval)"
     return f"{value} [{low:+.{digits}f}, {high:+.{digits}f}]"

@@ -146,3 +146,9 @@ def test_the_short_table_holds_every_figure_once() -> None:
     for row in judged.to_dict("records"):
         assert claims.figure(row) in text
     assert lines[3].count("A: ") == lines[3].count("B: ") == 2 and lines[2].endswith("| **confirmed** |")
+
+
+def test_steps_that_no_run_takes_are_left_out() -> None:
+    runs = study({"GCA0+1": 5.0, "GCA1+2": 5.0})
+    found = claims.depth(runs[runs["variant"] != "GCA0+1+2"])
+    assert "the worst of 3 steps" in found["question"].item() and found["ours"].notna().all()

@@ -45,6 +45,18 @@ def test_the_speed_table_is_that_of_the_kept_runs() -> None:
     assert row("`import gcalib`") == f"{loading['import_s']:.1f} s, of which torch {loading['torch_share']:.0%}"
 
 
+def test_the_table_holds_the_other_models_and_grids() -> None:
+    models, grids = benchmark("step")["models"], benchmark("grid")
+    two = [models[name] for name in ("llm4cdsr", "cdsrnp")]
+    assert row("fp32 step of LLM4CDSR") == " and ".join(f"{step['share_of_peak']:.0%}" for step in two)
+    assert row("peak memory of their") == " and ".join(f"{step['peak_memory_bytes'] / 1e9:.1f}" for step in two) + " GB"
+    assert row("24 runs by two workers") == f"{grids['throughput']['ratio']:.2f} times"
+    small, large = (grids["overhead"]["merged_ms"][size] for size in ("0", "10000"))
+    assert row("store and scheduler") == f"{small:.0f} ms ({large:.0f} ms)"
+    assert row("a grid of 10,000") == f"{grids['finished']['seconds']:.1f} s"
+    assert row("records that differ") == f"{grids['kills']['differing_records']}, {grids['nodes']['differing_records']}"
+
+
 @pytest.fixture(scope="module")
 def study() -> pd.DataFrame:
     return run_grid(Profile.load("first", ROOT / "params").grid_configs(), ROOT / "results")
