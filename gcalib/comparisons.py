@@ -213,23 +213,26 @@ def trajectories(
     ----------
     curves
         One row an epoch and run: `case`, the column named by `colour`, `domain`, `epoch`, and the column named by `y`.
-        Drawn as far as every run of a case trained, thinned to `EPOCHS` epochs.
+        Drawn as far as every run of a case trained, thinned to `EPOCHS` epochs or, in several rows, two thirds of it.
     y_title
         What it is, with its unit.
     columns
         Panels side by side; by default all.
     """
     check(curves, "case", colour, "domain", "epoch", y)
+    # panels in several rows are many: each is smaller and takes less of a notebook's file
+    points, scale = (2 * EPOCHS // 3, 1.5) if columns else (EPOCHS, 2)
     parts = []
     for (case, name, domain), part in curves.groupby(["case", colour, "domain"], sort=False):
         table = part.pivot_table(index="epoch", values=y, aggfunc=["mean", "count"])
         mean = table["mean"][y][table["count"][y] == table["count"][y].max()]
-        kept = np.unique(np.linspace(0, len(mean) - 1, min(EPOCHS, len(mean))).round().astype(int))
+        kept = np.unique(np.linspace(0, len(mean) - 1, min(points, len(mean))).round().astype(int))
         parts.append(mean.iloc[kept].rename("value").reset_index().assign(case=case, name=name, domain=domain))
-    size = {"width": 210, "height": 120} if columns else {"width": 270, "height": 210}  # in several rows, smaller
+    size = {"width": 210, "height": 120} if columns else {"width": 270, "height": 210}
     chart = base_of(pd.concat(parts), **size).mark_line(strokeWidth=1.6, opacity=0.85).encode(
         alt.X("epoch:Q", title="epoch (0 = untrained)", axis=alt.Axis(tickMinStep=1, tickCount=6, grid=False)),
         alt.Y("value:Q", title=y_title, axis=alt.Axis(tickCount=5)),
         alt.Color("name:N", title=None, sort=None, legend=alt.Legend(orient="top")), alt.Detail("case:N"),
     )  # fmt: skip
-    return titled(facet(chart, "domain", curves["domain"].unique(), columns), title, subtitle)
+    panels = facet(chart, "domain", curves["domain"].unique(), columns)
+    return titled(panels.properties(usermeta={"scale": scale}), title, subtitle)

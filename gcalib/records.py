@@ -131,9 +131,7 @@ def frame_of(
             break
         except FileNotFoundError:
             continue  # another process has just merged it
-    merged = without(compacted_table(folder), apart)
-    if columns is not None:
-        merged = merged.select([name for name in columns if name in merged.column_names])
+    merged = without(_merged(folder, columns, needed=wanted is None or not wanted <= set(apart)), apart)
     if wanted is not None:
         merged = merged.filter(pc.is_in(merged["run_id"], pa.array(sorted(wanted), pa.string())))
     tables += [merged] * bool(len(merged))
@@ -143,6 +141,14 @@ def frame_of(
     filled = [name for name in table.column_names if table[name].null_count < len(table)]
     frame: pd.DataFrame = table.select(filled).to_pandas()
     return frame.sort_values("run_id", kind="stable", ignore_index=True)
+
+
+def _merged(folder: Path, columns: list[str] | None, needed: bool) -> pa.Table:
+    """The merged file, of which no more is read than is asked for: many runs may have hundreds of columns."""
+    path = folder / f"{COMPACTED}.parquet"
+    if not needed or not path.exists():
+        return _cached_table(path, ())
+    return compacted_table(folder) if columns is None else read(path, columns)
 
 
 def with_defaults(frame: pd.DataFrame) -> pd.DataFrame:

@@ -169,8 +169,8 @@ def stratified_difference(
             found = [_differences(both, value, pairs, between, name, base, spare=True) for both in parts]
             where = {**dict(zip(groups, group, strict=True)), between: name, "strata": len(found)}
             rows.append({**where, **_pooled([one.to_numpy(float) for one in found], level)})
-    found = pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
-    return found.astype(dict.fromkeys(("mean", "low", "high", "p"), float))  # also where there is no row
+    table = pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
+    return table.astype(dict.fromkeys(("mean", "low", "high", "p"), float))  # also where there is no row
 
 
 def said(mean: float, low: float, high: float, unit: str = "%", digits: int = 1) -> str:

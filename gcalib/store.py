@@ -178,7 +178,7 @@ class RunStore:
     def lock(self, name: str, *, wait: bool = True) -> Iterator[None]:
         """Hold a run for this process; wait while another, here or on another machine, holds it, or raise BusyError."""
         path = self.folder / "locks" / f"{name}.lock"
-        held = FileLock(path)
+        held, left = FileLock(path), path.exists()
         try:
             made(path.parent)
             held.acquire(blocking=wait)
@@ -188,7 +188,8 @@ class RunStore:
             reason = error.strerror or str(error)
             raise OSError(f"{self.folder} cannot be written ({reason}), and run {name} is not in it.") from error
         try:
-            for kind in ("records", "curves", "checkpoints"):
+            # a process that was killed at the run left its lock, too; a folder of many runs takes long to look through
+            for kind in ("records", "curves", "checkpoints") if left else ():
                 _sweep(self.folder / kind, name)
             yield
             if self.has(name):

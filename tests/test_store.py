@@ -166,6 +166,8 @@ def test_what_a_killed_process_left_is_removed_by_whoever_takes_up_its_run(store
     for kind in ("records", "curves", "checkpoints"):
         (store / kind).mkdir(exist_ok=True)
         (store / kind / f".{name}.0a1b2c3d").write_bytes(b"half")
+    (store / "locks").mkdir(exist_ok=True)
+    (store / "locks" / f"{name}.lock").touch()  # the system frees it, but does not remove it
     RunStore(store).record_path(name).unlink()
     RunStore(store).curve_path(name).unlink()
     run_grid([tiny_config(), tiny_config(gca=(0,)), tiny_config(gca=(0,), match="params", match_axis="hidden")], store)
