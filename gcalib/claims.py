@@ -1,5 +1,8 @@
 """Claims C1 to C6 of the paper, each put to the same records by a rule that was fixed before the runs.
 
+Two were made stricter after the first of them, both towards "undecided": C2 asks for two cells in which runs compare,
+C3 for six runs.
+
 Every judge takes records named by `gcalib.tables.named`, looks at those of the commonest width, and returns one row a
 model (and domain): `claim`, `model`, what was asked in `question`, `ours` with its interval `low` to `high`, the
 `unit`, `verdict` ("confirmed", "refuted", "undecided") and `runs`, how many it rests on. `overall` sums up a claim that
