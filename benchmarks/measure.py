@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from padded import PaddedABXI, draw_for_each_position, pad_batch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import gcalib.evaluation
@@ -25,6 +26,16 @@ from gcalib.training import Trainer
 
 PRECISIONS = ("fp32", "bf16")
 COMPARATOR_BYTES = 12e9  # it takes 9 to 10 GB at full size
+KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm"),
+    "attention": ("_scaled_dot_product",),
+    "moving": (
+        "cat", "copy_", "embedding", "fill_", "gather", "index", "masked_fill", "repeat", "scatter", "slice", "stack",
+        "zero_",
+    ),
+    "optimiser": ("_fused_adamw_",),
+}  # fmt: skip
+"""Kinds of operators by the beginnings of their names; what is of none of them goes over elements, one by one."""
 FRESH_TRAINING = """
 import sys, torch
 from gcalib import RunConfig, load_pair
@@ -95,6 +106,30 @@ def matrix_peak(sizes: tuple[int, ...], repeats: int = 5) -> dict[str, float]:
     return best
 
 
+def kind(operator: str) -> str:
+    """Of which of `KINDS` an operator of torch is, or "elementwise".
+
+    >>> kind("aten::addmm"), kind("aten::native_layer_norm")
+    ('products', 'elementwise')
+    """
+    name = operator.rpartition("::")[2]
+    return next((kind for kind, names in KINDS.items() if name.startswith(names)), "elementwise")
+
+
+def where_time_goes(trainer: Trainer, batches: list[np.ndarray]) -> dict[str, float]:
+    """Shares of the time of training steps by kind of operator, as torch's profiler sees it; they add up to 1.
+
+    The moving of rows is what computing no padding costs: gathering them before a layer, spreading them after it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as watched:
+        for users in batches:
+            trainer.step(users)
+    spent = dict.fromkeys([*KINDS, "elementwise"], 0.0)
+    for operator in watched.key_averages():
+        spent[kind(operator.key)] += operator.self_cpu_time_total
+    return {name: time / sum(spent.values()) for name, time in spent.items()}
+
+
 def our_step(config: RunConfig, pair: Pair, peak: float, repeats: int) -> dict[str, float]:
     """Times (ms) and arithmetic (GFLOP) of a training step, averaged over batches that stand for an epoch."""
     torch.manual_seed(0)
@@ -122,6 +157,7 @@ def our_step(config: RunConfig, pair: Pair, peak: float, repeats: int) -> dict[s
     return {
         "ms": mean["total"], **parts, "backward_ms": mean["total"] - sum(parts.values()), "rows": rows, "gflop": gflop,
         "gflop_in_attention": attention, "gflop_per_s": rate, "share_of_peak": rate / peak,
+        **{f"share_{name}": share for name, share in where_time_goes(trainer, batches).items()},
     }  # fmt: skip
 
 

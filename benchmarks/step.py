@@ -8,7 +8,8 @@ parts, and with `--out` those of an earlier run stay in the file.
   as it is ordinarily written (`padded.py`), for which all batches are alike.
 - Arithmetic is counted by torch, as for `flops_per_step` of a record: matrix products, and attention as 14 L^2 d for a
   sequence padded to length L in its batch (two products forward, five backward, hidden keys included).
-  The machine's peak is the best rate of a large square product.
+  The machine's peak is the best rate of a large square product. What keeps a step from it is told by the shares of
+  its time that go into products, attention, the moving of rows, the optimiser and all that works element by element.
 - Ranking is `gcalib.evaluation.evaluate` on all users, protocol `full`, less the time in the model and in building
   batches; beside it the bare products of states and item vectors, in the same pieces.
 - Memory is the largest resident set of a fresh process that loads the pair, makes steps and validates.
@@ -33,14 +34,15 @@ import measure  # noqa: E402
 
 PAIR, QUICK_PAIR = "food-kitchen", "synthetic:num_users=200,items_a=300,items_b=320"
 VARIANTS = ((), (0,))
-OTHERS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
+    "abxi": {"model": "abxi"},
     "llm4cdsr": {"model": "llm4cdsr", "objective": "infonce"},
     "llm4cdsr, published loss": {"model": "llm4cdsr"},
     "cdsrnp": {"model": "cdsrnp", "objective": "infonce"},
     "cdsrnp, published loss": {"model": "cdsrnp"},
     "sasrec-mixed": {"model": "sasrec-mixed", "objective": "infonce"},
 }
-"""The models beside ABXI, each with early cross-attention where it has a place for it."""
+"""Every trained model, with early cross-attention where it has a place for it, and the loss that the study uses."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ def steps(config: RunConfig, pair: Pair, size: Size) -> dict[str, Any]:
 
 
 def models(config: RunConfig, pair: Pair, size: Size) -> dict[str, Any]:
-    """The training steps of the other models."""
+    """The training steps of all models, against one peak."""
     peak, found = measure.matrix_peak(size.products)["fp32"], {}
-    for name, fields in OTHERS.items():
+    for name, fields in MODELS.items():
         note(f"training step, {name}")
         now = config.but(**fields, **({} if name.startswith("sasrec") else {"gca": (0,)}))
         if name.startswith("llm4cdsr") and pair.name.startswith("synthetic"):
@@ -115,6 +117,13 @@ def table(found: dict[str, Any]) -> str:
         values += [step[key] for key in ("rows", "gflop", "gflop_in_attention", "gflop_per_s")]
         texts = [f"{value:,.1f}" for value in values] + [f"{step['padded_ms']:,.1f}" if step.get("padded_ms") else "-"]
         lines.append(f"{name:<26}" + "".join(f"{text:>11}" for text in texts))
+    if rows:
+        kinds = ("products", "attention", "moving", "elementwise", "optimiser")
+        lines += ["", f"{'share of the time in':<26}" + "".join(f"{name:>13}" for name in kinds)]
+        lines += [
+            f"{name:<26}" + "".join(f"{step[f'share_{part}']:>13.0%}" for part in kinds)
+            for name, step in rows.items() if f"share_{kinds[0]}" in step
+        ]  # fmt: skip
     if held := found.get("peak_memory_bytes"):
         lines += ["", f"Peak memory of training: fp32 {held['fp32'] / 1e9:.2f} GB, bf16 {held['bf16'] / 1e9:.2f} GB"]
     if rank := found.get("ranking"):

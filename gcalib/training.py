@@ -32,6 +32,7 @@ log = logging.getLogger("gcalib")
 T = TypeVar("T")
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 TRIM_ABOVE = 1.8e9  # bytes held between two steps
+TRIM_EVERY = 8  # steps: what is handed back has to be asked for again, a tenth of a step's time at width 256
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -151,10 +152,11 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         total: dict[str, Tensor] = {}
-        for users in length_batches(self.lengths, self.config.batch_size, self.rng):
+        for number, users in enumerate(length_batches(self.lengths, self.config.batch_size, self.rng), start=1):
             for name, loss in self.step(users).items():
                 total[name] = total.get(name, 0.0) + loss.float() * (len(users) / len(self.lengths))
-            _return_memory()
+            if number % TRIM_EVERY == 0:
+                _return_memory()
             yield
         means = {f"loss_{name}": float(loss) for name, loss in total.items()}
         if not math.isfinite(sum(means.values())):

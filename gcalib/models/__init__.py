@@ -6,7 +6,7 @@ from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.base import Recommender
 from gcalib.models.build import MODELS, build_plain
-from gcalib.models.matching import matched
+from gcalib.models.matching import AXES, matched, sizes
 
 
 def build_model(config: RunConfig, pair: Pair) -> Recommender:
@@ -23,4 +23,4 @@ def build_model(config: RunConfig, pair: Pair) -> Recommender:
     return build_plain(matched(config, pair).config if config.match else config, pair)
 
 
-__all__ = ["MODELS", "Recommender", "build_model", "matched"]
+__all__ = ["AXES", "MODELS", "Recommender", "build_model", "matched", "sizes"]

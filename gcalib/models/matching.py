@@ -77,7 +77,7 @@ def matched(config: RunConfig, pair: Pair) -> Match:
     plain = twin.but(gca=())
 
     def size(candidate: RunConfig) -> int:
-        return _flops(candidate, pair) if config.match == "flops" else network_size(candidate, pair)
+        return _flops(candidate, pair) if config.match == "flops" else sizes(candidate, pair)["params_network"]
 
     target = size(twin)
     best = _search(plain, config.match_axis, size, target, pair)
@@ -93,10 +93,10 @@ def matched(config: RunConfig, pair: Pair) -> Match:
     return best
 
 
-def network_size(config: RunConfig, pair: Pair) -> int:
-    """Trainable parameters outside the embedding tables; nothing is allocated for them."""
+def sizes(config: RunConfig, pair: Pair) -> dict[str, int]:
+    """`gcalib.models.cost.parameter_counts` of a config without `match`; nothing is allocated for them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return parameter_counts(build_plain(config, pair))["params_network"]
+        return parameter_counts(build_plain(config, pair))
 
 
 def _flops(config: RunConfig, pair: Pair) -> int:
