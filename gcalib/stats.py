@@ -66,8 +66,8 @@ def paired_difference(
 ) -> pd.DataFrame:
     """Every other variant minus the base one, paired run by run, with the t-interval of the mean difference.
 
-    Pairing takes out what two runs of one seed share (initial weights, batches), so the interval is often much
-    narrower than the two means' own intervals suggest.
+    Pairing takes out what two runs of one seed share (initial weights, batches). It narrows the interval where that
+    makes both rise and fall together, and widens it where they go against each other.
 
     Parameters
     ----------
@@ -126,18 +126,21 @@ def stratified_difference(
     base: Any,
     by: str | Sequence[str] = (),
     level: float = 0.95,
+    variance: Literal["pooled", "own"] = "pooled",
 ) -> pd.DataFrame:
     """Every other variant minus the base one, averaged over strata that count alike, such as data sets.
 
-    Within a stratum runs are paired as in `paired_difference`. The interval is Student's t with the variance pooled
-    over strata and the degrees of freedom that their means leave: it speaks of these strata, not of others like them,
-    and takes differences to vary alike in all of them.
+    Within a stratum runs are paired as in `paired_difference`. The interval speaks of these strata, not of others like
+    them.
 
     Parameters
     ----------
     strata
         Column or columns that name a stratum; those without the variant are left out, as are runs of the base that
         have no partner.
+    variance
+        "pooled": differences vary alike in all strata; Student's t with the degrees of freedom that their means leave.
+        "own": each stratum has a variance of its own; degrees of freedom by Welch and Satterthwaite.
     frame, value, pair_on, between, base, by, level
         As in `paired_difference`.
 
@@ -145,7 +148,7 @@ def stratified_difference(
     -------
     pandas.DataFrame
         One row a group and variant: the columns of `by`, `between`, then `strata` (how many), `n` (pairs), `mean`,
-        `low`, `high`, `p`. With one pair a stratum there is no interval.
+        `low`, `high`, `p`. With one pair a stratum (with "own", in any stratum) there is no interval.
 
     Raises
     ------
@@ -160,6 +163,8 @@ def stratified_difference(
        gca  strata  n  mean    low   high     p
     0    1       2  4   0.4  0.096  0.704  0.03
     """
+    if variance not in ("pooled", "own"):
+        raise ValueError(f"variance={variance!r} is unknown; it is 'pooled' or 'own'.")
     groups, sets, pairs = _columns(by), _columns(strata), _columns(pair_on)
     _check(frame, [value, between, *groups, *sets, *pairs], value, level)
     rows = []
@@ -168,7 +173,7 @@ def stratified_difference(
             parts = [both for _, both in part.groupby(sets, sort=False) if (both[between] == name).any()]
             found = [_differences(both, value, pairs, between, name, base, spare=True) for both in parts]
             where = {**dict(zip(groups, group, strict=True)), between: name, "strata": len(found)}
-            rows.append({**where, **_pooled([one.to_numpy(float) for one in found], level)})
+            rows.append({**where, **_averaged([one.to_numpy(float) for one in found], level, variance)})
     table = pd.DataFrame(rows, columns=[*groups, between, "strata", "n", "mean", "low", "high", "p"])
     return table.astype(dict.fromkeys(("mean", "low", "high", "p"), float))  # also where there is no row
 
@@ -189,14 +194,22 @@ def said(mean: float, low: float, high: float, unit: str = "%", digits: int = 1)
     return f"{value} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def _pooled(strata: Sequence[np.ndarray], level: float) -> dict[str, float]:
+def _averaged(strata: Sequence[np.ndarray], level: float, variance: str) -> dict[str, float]:
     """Mean of the strata's means, bounds of its t-interval by the variance within strata, and the p-value of zero."""
     n, mean = sum(map(len, strata)), float(np.mean([part.mean() for part in strata]))
-    freedom = n - len(strata)
-    if freedom < 1:
+    squares = np.array([((part - part.mean()) ** 2).sum() for part in strata])
+    sizes = np.array([len(part) for part in strata])
+    free = sizes - 1
+    if free.sum() < 1 or (variance == "own" and free.min() < 1):
         return {"n": n, "mean": mean, "low": np.nan, "high": np.nan, "p": np.nan}
-    variance = sum(float(((part - part.mean()) ** 2).sum()) for part in strata) / freedom
-    error = np.sqrt(variance * sum(1 / len(part) for part in strata)) / len(strata)
+    if variance == "own":
+        of_means = squares / free / sizes
+        total = float(of_means.sum())
+        freedom = total**2 / float((of_means**2 / free).sum()) if total else float(free.sum())
+    else:
+        freedom = float(free.sum())
+        total = float(squares.sum() / freedom * (1 / sizes).sum())
+    error = np.sqrt(total) / len(strata)
     half = stats.t.ppf((1 + level) / 2, freedom) * error
     p = 2 * stats.t.sf(abs(mean) / error, freedom) if error else float(mean == 0)
     return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": float(p)}

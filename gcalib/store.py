@@ -51,7 +51,7 @@ from gcalib.records import (
 
 log = logging.getLogger("gcalib")
 MANY_FILES = 2000  # loose records, from which on reading them one by one is a nuisance
-SAMPLE = 100  # loose records that estimates learn from
+SAMPLE = 50  # loose records that estimates learn from
 
 
 class BusyError(RuntimeError):

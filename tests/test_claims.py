@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from gcalib import claims, tables
 
@@ -25,6 +26,7 @@ def study(
     slope: float = 0.0,
     cosine: float = 0.15,
     follows: float = 0.0,
+    untrained: float = 0.1,
     models: tuple[str, ...] = ("abxi",),
 ) -> pd.DataFrame:
     """Records in which a variant ranks `gains` percent better, NDCG falls by `slope` with the cosine, and so on."""
@@ -45,7 +47,8 @@ def study(
                             has = point in fields["gca"] and "match" not in fields  # type: ignore[operator]
                             cos = cosine + off + follows * xy
                             measured = {"cos_mean_abs": cos, "cos_xy_mean_abs": xy + 0.01 * rng.standard_normal()}
-                            measured |= {"null_mean_abs": 0.1, "null_perm_mean_abs": 0.1, "null_init_mean_abs": 0.1}
+                            measured |= {"null_mean_abs": 0.1, "null_perm_mean_abs": 0.1}
+                            measured |= {"null_init_mean_abs": untrained}
                             for name, value in measured.items():
                                 row[f"test.{letter}.gca{point}.{name}"] = value if has else None
                     rows.append(row)
@@ -59,8 +62,9 @@ def words(found: pd.DataFrame) -> set[str]:
 @pytest.mark.parametrize(("gain", "word"), [(5.0, "confirmed"), (-5.0, "refuted"), (0.0, "undecided")])
 def test_early_cross_attention_is_judged_by_its_gain(gain: float, word: str) -> None:
     found = claims.early(study({"GCA0": gain}))
-    assert words(found) == {word} and found["ours"].iloc[0] == pytest.approx(gain, abs=0.3)
-    assert found["low"].iloc[0] < found["ours"].iloc[0] < found["high"].iloc[0] and found["runs"].iloc[0] == 9
+    row = found.iloc[0]
+    assert words(found) == {word} and row["ours"] == pytest.approx(gain, abs=0.3)
+    assert row["low"] < row["ours"] < row["high"] and (row["n"], row["runs"]) == (9, 18)
 
 
 @pytest.mark.parametrize(("gain", "word"), [(5.0, "refuted"), (-5.0, "confirmed")])
@@ -80,7 +84,9 @@ def test_other_widths_do_not_mix_in() -> None:
 @pytest.mark.parametrize(("slope", "word"), [(-1.0, "confirmed"), (1.0, "refuted"), (0.0, "undecided")])
 def test_cosine_and_ranking_are_related_within_pair_and_point(slope: float, word: str) -> None:
     found = claims.orthogonal_is_better(study({}, slope=slope))
-    assert words(found) == {word} and len(found) == 2  # a row a domain
+    assert words(found) == {word} and found["part"].tolist() == ["A", "B"]
+    rows = 3 * 3 * 5  # pairs, seeds, variants with cross-attention: a run is one row, whatever its points
+    assert found["n"].tolist() == [rows, rows]
 
 
 def test_a_correlation_within_one_cell_is_undecided() -> None:
@@ -92,22 +98,39 @@ def test_a_correlation_within_one_cell_is_undecided() -> None:
 
 @pytest.mark.parametrize(("cosine", "word"), [(0.15, "confirmed"), (0.4, "refuted"), (0.2, "undecided")])
 def test_the_level_of_the_cosine_is_held_against_the_paper_s_range(cosine: float, word: str) -> None:
-    assert words(claims.same_level(study({}, cosine=cosine))) == {word}
+    found = claims.same_level(study({}, cosine=cosine)).set_index("part")
+    assert found.at["level", "verdict"] == word and found.at["level", "runs"] == 9
+    # the untrained module's cosine is 0.1 here, and training that raises it is no emergence of orthogonality
+    assert found.at["rise", "ours"] == pytest.approx(cosine - 0.1, abs=0.02) and found.at["rise", "verdict"] == "refuted"
+
+
+def test_orthogonality_emerges_where_the_cosine_falls() -> None:
+    found = claims.same_level(study({}, cosine=0.05)).set_index("part")
+    assert found.at["rise", "verdict"] == "confirmed" and found.at["level", "verdict"] == "refuted"
+
+
+def test_the_level_is_that_of_the_default_gate() -> None:
+    runs = study({}, cosine=0.15)
+    other = runs[runs["variant"] == "GCA0"].assign(gate="tanh", run_id=lambda t: t["run_id"] + "tanh")
+    far = {f"test.{letter}.gca0.cos_mean_abs": 0.9 for letter in "ab"}
+    other = tables.named(other.assign(model="abxi", **far))
+    pd.testing.assert_frame_equal(claims.same_level(pd.concat([runs, other])), claims.same_level(runs))
 
 
 def test_a_median_of_few_runs_has_no_interval() -> None:
     runs = study({}, cosine=0.4)
     few = runs[(runs["pair"] == "one") & (runs["variant"] == "GCA0")]
     found = claims.same_level(few)
-    assert words(found) == {"undecided"} and found["runs"].item() == 3 and found["low"].isna().all()
+    level = found.set_index("part").loc["level"]
+    assert level["verdict"] == "undecided" and level["n"] == 3 and np.isnan(level["low"])
 
 
 def test_depth_is_not_monotone_if_some_step_loses() -> None:
-    rising = {"GCA0": 0.0, "GCA1": 1.0, "GCA0+1": 4.0, "GCA1+2": 6.0, "GCA0+1+2": 9.0}
+    rising = {"GCA0": 0.0, "GCA1": 1.0, "GCA0+1": 4.0, "GCA1+2": 6.0, "GCA0+1+2": 12.0}
     assert words(claims.depth(study(rising))) == {"refuted"}
     falling = claims.depth(study({**rising, "GCA0+1+2": -3.0}))
-    assert words(falling) == {"confirmed"} and "GCA0+1+2 against GCA0+1" in falling["question"].iloc[0]
-    assert words(claims.depth(study({**rising, "GCA0+1+2": 4.0}))) == {"undecided"}
+    assert words(falling) == {"confirmed"} and "GCA0+1+2 against GCA1+2" in falling["question"].iloc[0]
+    assert words(claims.depth(study({**rising, "GCA0+1+2": 6.0}))) == {"undecided"}
 
 
 def test_a_model_without_stacks_leaves_depth_undecided() -> None:
@@ -123,7 +146,7 @@ def test_independence_is_refuted_where_one_cosine_follows_the_other() -> None:
 
 
 def test_a_claim_about_every_model_falls_with_one() -> None:
-    good, bad = study({"GCA0": 5.0}), study({"GCA0": -5.0}, models=("cdsrnp",))
+    good, bad = study({"GCA0": 5.0}, untrained=0.3), study({"GCA0": -5.0}, untrained=0.3, models=("cdsrnp",))
     judged = claims.judge(pd.concat([good, bad], ignore_index=True))
     assert set(judged["claim"]) == set(claims.TEXTS) and list(judged) == claims.COLUMNS
     overall = claims.overall(judged).set_index("claim")
@@ -152,3 +175,27 @@ def test_steps_that_no_run_takes_are_left_out() -> None:
     runs = study({"GCA0+1": 5.0, "GCA1+2": 5.0})
     found = claims.depth(runs[runs["variant"] != "GCA0+1+2"])
     assert "the worst of 3 steps" in found["question"].item() and found["ours"].notna().all()
+    assert found["level"].item() == pytest.approx(1 - 0.05 / 3)
+    taken = claims.steps(runs[runs["variant"] != "GCA0+1+2"])
+    assert taken["step"].tolist() == ["GCA0+1 against GCA0", "GCA0+1 against GCA1", "GCA1+2 against GCA1"]
+    assert not len(claims.steps(runs[runs["variant"] == "plain"]))
+
+
+def test_protocols_are_judged_beside_the_first() -> None:
+    runs = study({"GCA0": 5.0})
+    sampled = {f"test.{letter}.s100.ndcg@10": runs[f"test.{letter}.full.ndcg@10"] for letter in "ab"}
+    found = claims.under_protocols(runs.assign(**sampled))
+    assert set(found["protocol"]) == {"full", "100 sampled"}
+    full = found[(found["protocol"] == "full") & (found["claim"] == "C1")]
+    pd.testing.assert_frame_equal(full.drop(columns="protocol").reset_index(drop=True), claims.early(runs))
+
+
+def test_more_seeds_are_needed_for_a_smaller_effect() -> None:
+    runs = study({})
+    few, many = (claims.seeds_needed(runs, "plain", "GCA0", smallest)["ABXI"] for smallest in (1.0, 0.1))
+    assert 2 <= few < many
+    # by hand: the interval with that many seeds, and the power's share, together reach the effect
+    row = claims.effect(runs, "plain", ["GCA0"]).iloc[0]
+    error = (row["high"] - row["low"]) / 2 / t.ppf(0.975, 6) * np.sqrt(3 / many)
+    assert (t.ppf(0.975, 3 * (many - 1)) + t.ppf(0.8, 3 * (many - 1))) * error <= 0.1
+    assert np.isnan(claims.seeds_needed(runs[runs["seed"] == 0], "plain", "GCA0", 1.0)["ABXI"])

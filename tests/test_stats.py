@@ -149,6 +149,20 @@ def test_stratified_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.90 < held < 0.99
 
 
+def test_strata_with_variances_of_their_own_are_compared_as_welch_did() -> None:
+    table = strata(sets=2, noise=1.0)
+    change = table.pivot(index=["pair", "seed"], columns="variant", values="ndcg").pipe(lambda t: t["gca"] - t["plain"])
+    x, y = change[0].to_numpy(), 5 * change[1].to_numpy()
+    wider = table.assign(ndcg=table["ndcg"].where(table["pair"] == 0, 5 * table["ndcg"]))
+    asked = {"strata": "pair", "pair_on": "seed", "between": "variant", "base": "plain"}
+    found = stats.stratified_difference(wider, "ndcg", **asked, variance="own").iloc[0]
+    welch = scipy.stats.ttest_ind(x, -y, equal_var=False)
+    span = welch.confidence_interval(0.95)
+    assert (2 * found["low"], 2 * found["high"], found["p"]) == pytest.approx((span.low, span.high, welch.pvalue))
+    with pytest.raises(ValueError, match="variance='none' is unknown"):
+        stats.stratified_difference(wider, "ndcg", **asked, variance="none")
+
+
 def test_strata_without_the_variant_and_spare_base_runs_are_left_out() -> None:
     table = strata()
     fewer = table[~((table["variant"] == "gca") & ((table["pair"] == 2) | (table["seed"] == 2)))]
