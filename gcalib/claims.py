@@ -39,7 +39,7 @@ COLUMNS = [
     "claim", "model", "part", "question", "ours", "low", "high", "level", "unit", "verdict", "n", "of", "runs",
 ]  # fmt: skip
 PROTOCOLS = {
-    "full": "full.ndcg@10", "999 sampled": "s999.ndcg@10", "100 sampled": "s100.ndcg@10", "full, AUC": "full.auc",
+    "full": "full.ndcg@10", "999 sampled": "s999.ndcg@10", "100 sampled": "s100.ndcg@10", "AUC": "full.auc",
 }  # fmt: skip
 """What ranking is measured by, the first of them the judged one."""
 
@@ -116,6 +116,24 @@ def under_protocols(runs: pd.DataFrame) -> pd.DataFrame:
     there = {name: metric for name, metric in PROTOCOLS.items() if f"test.a.{metric}" in runs}
     found = [one(runs, metric).assign(protocol=name) for name, metric in there.items() for one in (early, matched)]
     return pd.concat(found, ignore_index=True)
+
+
+def by_measure(measured: pd.DataFrame) -> list[str]:
+    """One sentence a claim: its verdict by the judged measure, and by those that say otherwise.
+
+    Parameters
+    ----------
+    measured
+        As of `under_protocols`.
+    """
+    said = []
+    for claim, part in measured.groupby("claim"):
+        word = {str(name): str(overall(rows)["verdict"].item()) for name, rows in part.groupby("protocol", sort=False)}
+        judged = next(iter(word))
+        other = [f"{verdict} by {name}" for name, verdict in word.items() if verdict != word[judged]]
+        ending = f"{' and '.join(other)}" if other else "no other measure changes that"
+        said.append(f"{claim} is {word[judged]} by {judged} NDCG@10, {ending}.")
+    return said
 
 
 def seeds_needed(

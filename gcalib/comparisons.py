@@ -63,6 +63,7 @@ def differences(
     panel: str = "domain",
     columns: int = 0,
     own_axes: bool = False,
+    words: tuple[str, str] = ("gain", "loss"),
 ) -> alt.FacetChart:
     """Mean differences with their intervals about the line of no difference, a row a case, in panels.
 
@@ -77,12 +78,14 @@ def differences(
         Panels side by side; by default all.
     own_axes
         Whether each panel has rows and a scale of its own; all are as high as the one of most rows.
+    words
+        What an interval says that lies right of zero, and left of it.
     """
     check(frame, row, panel, "mean", "low", "high")
-    words = ["gain", "loss", "undecided"]
-    table = frame.assign(decided=np.select([frame["low"] > 0, frame["high"] < 0], words[:2], words[2]))
+    said = [*words, "undecided"]
+    table = frame.assign(decided=np.select([frame["low"] > 0, frame["high"] < 0], words, said[2]))
     axis: dict[str, Any] = {"title": metric, "axis": alt.Axis(tickCount=5)}
-    shown = alt.Scale(domain=words, range=[COLOURS[0], COLOURS[1], "#999999"])
+    shown = alt.Scale(domain=said, range=[COLOURS[0], COLOURS[1], "#999999"])
     colour = alt.Color("decided:N", title="the interval says", scale=shown, legend=alt.Legend(orient="top"))
     rows = int(frame.groupby(panel)[row].nunique().max())
     drawn = base_of(_bounded(table), width=270, height=24 * rows if own_axes else alt.Step(24))

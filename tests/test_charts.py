@@ -97,9 +97,21 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
                           "ndcg": rng.random(600)}),
             x="cos", y="ndcg", x_title="mean |cos(X, X′)|", y_title="NDCG@10", title="T",
         ),
+        "dots": charts.dots(
+            pd.DataFrame({"model": ["m", "n"] * 60, "pair": ["p", "q", "p", "q"] * 30, "point": [0, 0, 1, 1] * 30,
+                          "cos": rng.random(120), "ndcg": rng.random(120)}),
+            x="cos", y="ndcg", x_title="mean |cos(X, X′)|", y_title="NDCG@10", title="T", colour="pair", shape="point",
+            panel="model", cells=["pair", "point"], lined=["m"],
+        ),
         "size_and_quality": charts.size_and_quality(
             pd.DataFrame([(v, d, n, 0.1, 0.09, 0.11) for v in ("plain", "GCA0") for d in "AB" for n in (1e4, 1e5)],
                          columns=["variant", "domain", "size", "mean", "low", "high"]),
+            x="size", x_title="parameters", metric="NDCG@10", title="T",
+        ),
+        "by_width": charts.by_width(
+            pd.DataFrame([(v, d, w, n * w, w / 1e3, np.nan, np.nan) for v, n in (("plain", 1e3), ("GCA0", 1.3e3))
+                          for d in "AB" for w in (16, 32, 64)],
+                         columns=["variant", "domain", "dim", "size", "mean", "low", "high"]),
             x="size", x_title="parameters", metric="NDCG@10", title="T",
         ),
         "trajectories": charts.trajectories(
@@ -289,3 +301,18 @@ def test_a_curve_ends_where_the_first_run_of_its_case_does():
     spec = charts.trajectories(table, y="cos", y_title="cos", title="T").to_dict()
     (rows,) = spec["datasets"].values()
     assert max(row["epoch"] for row in rows) == 20 and len(rows) <= 30
+
+
+def test_dots_draw_the_slope_within_cells_where_asked_and_nowhere_else():
+    table = pd.DataFrame(
+        {"model": list("mmmmnn"), "pair": list("ppqqpp"), "cos": [0.1, 0.3, 0.6, 0.8, 0.1, 0.2],
+         "ndcg": [1.0, 2, 0, 1, 1, 5]}
+    )  # fmt: skip
+    named = {"x_title": "cos", "y_title": "NDCG", "title": "T", "colour": "pair", "shape": "pair"}
+    chart = charts.dots(table, x="cos", y="ndcg", panel="model", cells=["pair"], lined=["m"], **named)
+    (rows,) = chart.to_dict()["datasets"].values()
+    ends = pd.DataFrame([row for row in rows if row["drawn"] == "line"])
+    assert set(ends["model"]) == {"m"} and len(ends) == 4
+    assert ends["ndcg"].tolist() == pytest.approx([1, 2, 0, 1])  # rising by 5 within both, whatever lies between them
+    (rows,) = charts.dots(table, x="cos", y="ndcg", **named).to_dict()["datasets"].values()
+    assert {row["drawn"] for row in rows} == {"dot"}

@@ -101,7 +101,8 @@ def test_the_level_of_the_cosine_is_held_against_the_paper_s_range(cosine: float
     found = claims.same_level(study({}, cosine=cosine)).set_index("part")
     assert found.at["level", "verdict"] == word and found.at["level", "runs"] == 9
     # the untrained module's cosine is 0.1 here, and training that raises it is no emergence of orthogonality
-    assert found.at["rise", "ours"] == pytest.approx(cosine - 0.1, abs=0.02) and found.at["rise", "verdict"] == "refuted"
+    rise = found.loc["rise"]
+    assert rise["ours"] == pytest.approx(cosine - 0.1, abs=0.02) and rise["verdict"] == "refuted"
 
 
 def test_orthogonality_emerges_where_the_cosine_falls() -> None:
@@ -186,6 +187,9 @@ def test_protocols_are_judged_beside_the_first() -> None:
     sampled = {f"test.{letter}.s100.ndcg@10": runs[f"test.{letter}.full.ndcg@10"] for letter in "ab"}
     found = claims.under_protocols(runs.assign(**sampled))
     assert set(found["protocol"]) == {"full", "100 sampled"}
+    assert claims.by_measure(found)[0] == "C1 is confirmed by full NDCG@10, no other measure changes that."
+    turned = found.assign(verdict=found["verdict"].where(found["protocol"] == "full", "refuted"))
+    assert claims.by_measure(turned)[0] == "C1 is confirmed by full NDCG@10, refuted by 100 sampled."
     full = found[(found["protocol"] == "full") & (found["claim"] == "C1")]
     pd.testing.assert_frame_equal(full.drop(columns="protocol").reset_index(drop=True), claims.early(runs))
 

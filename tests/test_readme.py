@@ -67,6 +67,25 @@ def test_the_verdicts_are_those_of_the_records(study: pd.DataFrame) -> None:
     assert claims.in_short(claims.judge(tables.named(study))) in README
 
 
+def test_what_other_measures_say_is_what_the_records_say(study: pd.DataFrame) -> None:
+    said = " ".join(claims.by_measure(claims.under_protocols(tables.named(study))))
+    assert said in README
+
+
+def test_the_gate_s_cosines_are_those_of_the_records(study: pd.DataFrame) -> None:
+    rows = claims.alignment(tables.named(study)).query("point == 0 and model == 'ABXI'")
+    level, chance = rows.groupby("variant")["cos_mean_abs"].mean(), rows["null_mean_abs"].mean()
+    said = f"with a tanh gate it is {level['GCA0, tanh']:.2f} in place of {level['GCA0']:.2f}, and random directions have"
+    assert f"{said} {chance:.2f}" in README
+
+
+def test_what_the_runs_lack_is_what_the_records_say(study: pd.DataFrame) -> None:
+    texts = study[study["model"] == "llm4cdsr"][["text_items_a", "text_items_b"]]
+    assert (texts.min(axis=1) == 0).all() and (texts.max(axis=1) > 0).all()
+    clock = study[study["model"] == "cdsrnp"].groupby("pair")["clock"].first()
+    assert (~clock.astype(bool)).sum() == 2 and study[study["model"] != "cdsrnp"]["clock"].all()
+
+
 def test_the_hours_are_those_of_the_records(study: pd.DataFrame) -> None:
     assert f"The {len(study)} runs of `first` took {study['seconds'].sum() / 3600:.0f} hours of one core" in README
 
