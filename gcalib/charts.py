@@ -341,7 +341,8 @@ def dots(
         within cells (`gcalib.relations.correlations`).
     """
     check(frame, x, y, colour, shape, *([panel] if panel else []), *cells)
-    parts = [frame[list(dict.fromkeys([x, y, colour, shape, *([panel] if panel else [])]))].assign(drawn="dot", cell="")]
+    shown = list(dict.fromkeys([x, y, colour, shape, *([panel] if panel else [])]))
+    parts = [frame[shown].assign(drawn="dot", cell="")]
     for name in lined:
         part = frame[frame[panel] == name]
         inside = part[[x, y]] - part.groupby(list(cells))[[x, y]].transform("mean")
@@ -373,7 +374,7 @@ def dots(
     if not panel:
         return titled(layers, title, subtitle)
     faceted = facet(layers, panel, frame[panel].unique(), columns).resolve_scale(x="independent", y="independent")
-    return titled(faceted.properties(usermeta={"scale": 1.5}), title, subtitle)  # many panels: less of a notebook's file
+    return titled(faceted, title, subtitle)
 
 
 def by_width(
@@ -395,20 +396,26 @@ def by_width(
     steps = (1, 2, 5) if most > 20 * least else (1, 1.5, 2, 3, 5, 7)
     every = [step * 10.0**power for power in range(int(np.log10(least)), int(np.log10(most)) + 1) for step in steps]
     ticks = [value for value in every if least <= value <= most]
-    names = frame["variant"].unique().tolist()
     table = frame.assign(low=frame["low"].fillna(frame["mean"]), high=frame["high"].fillna(frame["mean"]))
-    y: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False, padding=20), "axis": alt.Axis(tickCount=5)}
+    of_panel = table.groupby("domain")
+    floor, top = of_panel["low"].transform("min"), of_panel["high"].transform("max")
+    table = table.assign(floor=floor - (top - floor) / 10, top=top + (top - floor) / 10)
+    # not "nice": a label at the upper end would push the panel's header up
+    y: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False, nice=False), "axis": alt.Axis(tickCount=5)}
     base = base_of(table, width=270, height=230).encode(
         log_axis(alt.X, frame[x], x_title, ticks).scale(type="log", nice=False, domain=[least, most]),
-        alt.Color("variant:N", title=None, sort=None, legend=alt.Legend(orient="top")),
+        alt.Color("variant:N", title=None, sort=None, legend=alt.Legend(orient="top", symbolOpacity=1)),
     )
     layers = [
+        base.mark_rule(opacity=0).encode(alt.Y("floor:Q", **y), alt.Y2("top:Q")),
         base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(alt.Y("low:Q", **y), alt.Y2("high:Q")),
         base.mark_line(point=alt.OverlayMarkDef(opacity=1, size=50)).encode(alt.Y("mean:Q", **y)),
     ]
-    for name, dy in zip(names, (16, -12), strict=False):  # below the one line, above the other
-        text = base.transform_filter(alt.datum.variant == name).mark_text(dy=dy)
-        layers.append(text.encode(alt.Y("mean:Q", **y), alt.Text("dim:Q"), alt.Color("variant:N", sort=names)))
+    # above the higher line and below the lower one, away from the other's dots
+    by_height = frame.groupby("variant")["mean"].mean().sort_values(ascending=False).index
+    for name, dx, dy in zip(by_height, (-8, 10), (-11, 15), strict=False):
+        text = base.transform_filter(alt.datum.variant == name).mark_text(dx=dx, dy=dy)
+        layers.append(text.encode(alt.Y("mean:Q", **y), alt.Text("dim:Q")))
     panels = facet(alt.layer(*layers), "domain", frame["domain"].unique())
     return titled(panels.resolve_scale(y="independent"), title, subtitle)
 
