@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from gcalib.marks import base_of, check, facet, log_axis, titled
+from gcalib.marks import base_of, check, facet, titled
 from gcalib.rendering import COLOURS, GREY
 
 BAND = "#f2e9d0"  # a level that somebody published
@@ -174,30 +174,6 @@ def scatter(
     through = base.transform_regression(x, y, groupby=[colour]).mark_line(strokeWidth=1.5, opacity=0.8)
     faceted = facet(base.mark_point(opacity=0.75, size=40) + through, panel, frame[panel].unique(), columns)
     return titled(faceted.resolve_scale(x="independent", y="independent"), title, subtitle)
-
-
-def size_and_quality(
-    frame: pd.DataFrame, *, x: str, x_title: str, metric: str, title: str, subtitle: str = ""
-) -> alt.FacetChart:
-    """Quality against a size on a logarithmic axis, a line a variant with its intervals, a panel a domain.
-
-    Parameters
-    ----------
-    frame
-        One row a mean: `variant`, `domain`, the column named by `x` (above 0), `mean`, `low`, `high`.
-    x_title, metric
-        What the axes are, with units.
-    """
-    check(frame, "variant", "domain", x, "mean", "low", "high")
-    base = base_of(_bounded(frame), width=270, height=210).encode(
-        log_axis(alt.X, frame[x], x_title),
-        alt.Color("variant:N", title=None, sort=None, legend=alt.Legend(orient="top")),
-    )
-    y: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
-    lines = base.mark_line(point=alt.OverlayMarkDef(opacity=1, size=50)).encode(alt.Y("mean:Q", **y))
-    bars = base.mark_rule(strokeWidth=1.5, opacity=0.6)
-    panels = bars.encode(alt.Y("low:Q", **y), alt.Y2("high:Q")) + lines
-    return titled(facet(panels, "domain", frame["domain"].unique()).resolve_scale(y="independent"), title, subtitle)
 
 
 def trajectories(

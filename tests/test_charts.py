@@ -103,11 +103,6 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
             x="cos", y="ndcg", x_title="mean |cos(X, X′)|", y_title="NDCG@10", title="T", colour="pair", shape="point",
             panel="model", cells=["pair", "point"], lined=["m"],
         ),
-        "size_and_quality": charts.size_and_quality(
-            pd.DataFrame([(v, d, n, 0.1, 0.09, 0.11) for v in ("plain", "GCA0") for d in "AB" for n in (1e4, 1e5)],
-                         columns=["variant", "domain", "size", "mean", "low", "high"]),
-            x="size", x_title="parameters", metric="NDCG@10", title="T",
-        ),
         "by_width": charts.by_width(
             pd.DataFrame([(v, d, w, n * w, w / 1e3, np.nan, np.nan) for v, n in (("plain", 1e3), ("GCA0", 1.3e3))
                           for d in "AB" for w in (16, 32, 64)],
