@@ -48,9 +48,16 @@ def test_the_speed_table_is_that_of_the_kept_runs() -> None:
 
 def test_the_table_holds_the_other_models_and_grids() -> None:
     models, grids = benchmark("models")["models"], benchmark("grid")
-    two = [models[name] for name in ("llm4cdsr", "cdsrnp")]
-    assert row("fp32 step of LLM4CDSR") == " and ".join(f"{step['share_of_peak']:.0%}" for step in two)
-    assert row("peak memory of their") == " and ".join(f"{step['peak_memory_bytes'] / 1e9:.1f}" for step in two) + " GB"
+    three = [models[name] for name in ("abxi", "llm4cdsr", "cdsrnp")]
+    listed = "{}, {} and {}".format
+    assert row("fp32 step of ABXI") == listed(*(f"{step['share_of_peak']:.0%}" for step in three))
+    assert row("peak memory of their") == listed(*(f"{step['peak_memory_bytes'] / 1e9:.1f}" for step in three)) + " GB"
+    for kind in ("moving", "attention", "elementwise"):
+        assert listed(*(f"{step[f'share_{kind}']:.0%}" for step in three)) in README
+    first, second, third = (f"{step['share_products']:.0%}" for step in three)
+    assert f"ABXI spends {first} in matrix products, LLM4CDSR {second}, CDSRNP {third};" in README
+    peak, other = three[0]["gflop_per_s"] / three[0]["share_of_peak"], benchmark("step")["peak_gflop_per_s"]["fp32"]
+    assert f"at {peak:.0f} GFLOP/s, that of the first rows at\n{other:.0f}," in README
     assert row("24 runs by two workers") == f"{grids['throughput']['ratio']:.2f} times"
     merged, loose = grids["overhead"]["merged_ms"], grids["overhead"]["loose_ms"]
     assert row("store and scheduler") == f"{merged['0']:.0f} ms ({merged['10000']:.0f} ms; {loose['10000']:.0f} ms)"
