@@ -43,7 +43,7 @@ FLOORS = [
     ["grid"],
     ["rendering", "stats", "relations", "tables", "pages", "shelf"],
     ["marks", "claims"],
-    ["diagrams", "comparisons"],
+    ["diagrams", "comparisons", "dots"],
     ["charts"],
     ["__init__"],
     ["__main__"],
