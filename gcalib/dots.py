@@ -56,6 +56,9 @@ def dots(
             line = {x: ends, y: some[y].mean() + slope * (ends - some[x].mean()), "drawn": "line", "cell": str(cell)}
             shared = {key: some[key].iloc[0] for key in (colour, shape, panel)}
             parts.append(pd.DataFrame({**shared, **line}))
+    if lined:  # a line of one point, which is not seen: Vega-Lite warns of a layer that is empty in a panel
+        others = frame[~frame[panel].isin(lined)].drop_duplicates(panel)
+        parts.append(others[shown].assign(drawn="line", cell=""))
     room = 0.05 * np.ptp(frame[x])  # one span for all, but an axis for each: panels of several rows do not align
     span = alt.Scale(domain=[frame[x].min() - room, frame[x].max() + room], nice=False)
     hues, shapes = frame[colour].unique().tolist(), frame[shape].unique().tolist()
