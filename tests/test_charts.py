@@ -308,6 +308,7 @@ def test_dots_draw_the_slope_within_cells_where_asked_and_nowhere_else():
     (rows,) = chart.to_dict()["datasets"].values()
     ends = pd.DataFrame([row for row in rows if row["drawn"] == "line"])
     assert ends["model"].tolist() == list("mmmmn")  # in n a line of one point, which is none
-    assert ends.loc[ends["model"] == "m", "ndcg"].tolist() == pytest.approx([1, 2, 0, 1])  # rising by 5 within both, whatever lies between them
+    # rising by 5 within both, whatever lies between them
+    assert ends.loc[ends["model"] == "m", "ndcg"].tolist() == pytest.approx([1, 2, 0, 1])
     (rows,) = charts.dots(table, x="cos", y="ndcg", **named).to_dict()["datasets"].values()
     assert {row["drawn"] for row in rows} == {"dot"}
