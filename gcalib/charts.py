@@ -16,7 +16,6 @@ from gcalib.comparisons import (
     against_nulls,
     differences,
     metric_with_intervals,
-    scatter,
     trajectories,
 )
 from gcalib.dots import by_width, dots
@@ -25,7 +24,7 @@ from gcalib.rendering import COLOURS, GREY, GRID, enable
 
 __all__ = [
     "against_nulls", "attention_map", "by_width", "cosine_and_ndcg", "cost", "differences", "dots", "enable",
-    "gate_histogram", "lengths", "lines", "metric_with_intervals", "popularity", "scatter", "step_ratio",
+    "gate_histogram", "lengths", "lines", "metric_with_intervals", "popularity", "step_ratio",
     "tie_share", "timeline", "trajectories", "visibility",
 ]  # fmt: skip
 POINTS = 60  # of a curve: what a panel can show

@@ -139,43 +139,6 @@ def against_nulls(
     return titled(facet(alt.layer(*layers), "domain", frame["domain"].unique()), title, subtitle)
 
 
-def scatter(
-    frame: pd.DataFrame,
-    *,
-    x: str,
-    y: str,
-    x_title: str,
-    y_title: str,
-    title: str,
-    subtitle: str = "",
-    colour: str = "pair",
-    panel: str = "model",
-    columns: int = 0,
-) -> alt.FacetChart:
-    """A dot a run, with the straight line of least squares through each colour; panels with axes of their own.
-
-    Parameters
-    ----------
-    frame
-        One row a dot: the columns named by `x`, `y`, `colour` and `panel`.
-    x_title, y_title
-        What they are, with units.
-    columns
-        Panels side by side; by default all.
-    """
-    check(frame, x, y, colour, panel)
-    names = frame[colour].unique().tolist()
-    legend = None if colour == panel else alt.Legend(orient="top", columns=3)
-    base = base_of(frame[list(dict.fromkeys([x, y, colour, panel]))], width=200, height=150).encode(
-        alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5, grid=False)),
-        alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
-        alt.Color(f"{colour}:N", title=None, sort=names, legend=legend),
-    )  # fmt: skip
-    through = base.transform_regression(x, y, groupby=[colour]).mark_line(strokeWidth=1.5, opacity=0.8)
-    faceted = facet(base.mark_point(opacity=0.75, size=40) + through, panel, frame[panel].unique(), columns)
-    return titled(faceted.resolve_scale(x="independent", y="independent"), title, subtitle)
-
-
 def trajectories(
     curves: pd.DataFrame,
     *,

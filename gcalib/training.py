@@ -158,6 +158,7 @@ class Trainer:
             if number % TRIM_EVERY == 0:
                 _return_memory()
             yield
+        _return_memory()  # an epoch may have fewer steps
         means = {f"loss_{name}": float(loss) for name, loss in total.items()}
         if not math.isfinite(sum(means.values())):
             raise DivergedError(f"The loss is no longer finite at learning rate {lr:g}: lower lr, or warm up longer.")

@@ -89,6 +89,8 @@ def test_the_quick_benchmark_measures_everything(
     for step in (*found["step"].values(), *found["models"].values()):
         shares = [step[f"share_{kind}"] for kind in ("products", "attention", "moving", "elementwise", "optimiser")]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
+    named = {"aten::addmm": "products", "aten::index_select": "moving", "aten::native_layer_norm": "elementwise"}
+    assert {name: benchmark.measure.kind(name) for name in named} == named
     assert found["step"]["gca=(0,) fp32"]["gflop"] > found["step"]["gca=() fp32"]["gflop"]
     assert found["ranking"]["ratio"] > 0 and found["ranking"]["evaluate_ms"] > found["ranking"]["ranking_ms"]
     assert 0 < found["loading"]["torch_share"] < 1 and found["loading"]["load_s"] > 0

@@ -92,11 +92,6 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
                          columns=["case", "domain", "mean", "low", "high"]), metric="NDCG@10 (%)", title="T",
         ),
         "against_nulls": charts.against_nulls(nulls(), title="T", level=(0.1, 0.2)),
-        "scatter": charts.scatter(
-            pd.DataFrame({"model": ["m", "n"] * 300, "pair": ["p"] * 300 + ["q"] * 300, "cos": rng.random(600),
-                          "ndcg": rng.random(600)}),
-            x="cos", y="ndcg", x_title="mean |cos(X, X′)|", y_title="NDCG@10", title="T",
-        ),
         "dots": charts.dots(
             pd.DataFrame({"model": ["m", "n"] * 60, "pair": ["p", "q", "p", "q"] * 30, "point": [0, 0, 1, 1] * 30,
                           "cos": rng.random(120), "ndcg": rng.random(120)}),

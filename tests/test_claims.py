@@ -190,6 +190,9 @@ def test_protocols_are_judged_beside_the_first() -> None:
     assert claims.by_measure(found)[0] == "C1 is confirmed by full NDCG@10, no other measure changes that."
     turned = found.assign(verdict=found["verdict"].where(found["protocol"] == "full", "refuted"))
     assert claims.by_measure(turned)[0] == "C1 is confirmed by full NDCG@10, refuted by 100 sampled."
+    areas = {f"test.{letter}.full.auc": runs[f"test.{letter}.full.ndcg@10"] for letter in "ab"}
+    by_area = claims.under_protocols(runs.assign(**areas)).query("protocol == 'AUC'")["question"]
+    assert by_area.tolist() == ["GCA0 against plain, AUC", "GCA0 against widened, AUC"]
     full = found[(found["protocol"] == "full") & (found["claim"] == "C1")]
     pd.testing.assert_frame_equal(full.drop(columns="protocol").reset_index(drop=True), claims.early(runs))
 
