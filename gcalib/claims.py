@@ -15,27 +15,26 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
 from gcalib import relations, stats, tables
+from gcalib.verdicts import TEXTS, by_measure, figure, in_short, overall
+
+__all__ = [
+    "CELLS", "COLUMNS", "MARGIN", "METRIC", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "by_measure", "comparable",
+    "depth", "early", "effect", "figure", "first_points", "in_short", "independent", "judge", "matched", "one_width",
+    "orthogonal_is_better", "overall", "published", "same_level", "seeds_needed", "steps", "under_protocols",
+]  # fmt: skip
 
 METRIC = "full.ndcg@10"
 MOST_SEEDS = 10_000  # that `seeds_needed` looks at
 MARGIN = 0.3  # correlation below which C6 calls two cosines independent: a tenth of the variance
-TEXTS = {
-    "C1": "early cross-attention (GCA0) improves every baseline",
-    "C2": "the more orthogonal X′ is to X, the better the ranking",
-    "C3": "orthogonality emerges in training and settles at a cosine of 0.1 to 0.2 in every model",
-    "C4": "GCA0 beats the baseline widened to the same number of parameters",
-    "C5": "stacking is not monotone: deeper is not always better",
-    "C6": "the cosine of X and X′ does not depend on how similar X and Y are",
-}
 COLUMNS = [
     "claim", "model", "part", "question", "ours", "low", "high", "level", "unit", "verdict", "n", "of", "runs",
 ]  # fmt: skip
@@ -118,24 +117,6 @@ def under_protocols(runs: pd.DataFrame) -> pd.DataFrame:
     there = {name: metric for name, metric in PROTOCOLS.items() if f"test.a.{metric}" in runs}
     found = [one(runs, metric).assign(protocol=name) for name, metric in there.items() for one in (early, matched)]
     return pd.concat(found, ignore_index=True)
-
-
-def by_measure(measured: pd.DataFrame) -> list[str]:
-    """One sentence a claim: its verdict by the judged measure, and by those that say otherwise.
-
-    Parameters
-    ----------
-    measured
-        As of `under_protocols`.
-    """
-    said = []
-    for claim, part in measured.groupby("claim"):
-        word = {str(name): str(overall(rows)["verdict"].item()) for name, rows in part.groupby("protocol", sort=False)}
-        judged = next(iter(word))
-        other = [f"{verdict} by {name}" for name, verdict in word.items() if verdict != word[judged]]
-        ending = f"{' and '.join(other)}" if other else "no other measure changes that"
-        said.append(f"{claim} is {word[judged]} by {judged} NDCG@10, {ending}.")
-    return said
 
 
 def seeds_needed(
@@ -230,9 +211,7 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
         mean = stats.mean_interval(by_run.assign(all=0), "rise", "all").iloc[0]
         question = "mean |cos(X, X′)| at point 0, less that of the untrained module"
         word = stats.verdict(mean["low"], mean["high"], expected=-1)
-        rows.append(
-            ("C3", model, "rise", question, mean["mean"], mean["low"], mean["high"], 0.95, "", word, *counted)
-        )
+        rows.append(("C3", model, "rise", question, mean["mean"], mean["low"], mean["high"], 0.95, "", word, *counted))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -308,36 +287,3 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
     """All six claims, a row a model (and domain)."""
     judges = (early, orthogonal_is_better, same_level, matched, depth, independent)
     return pd.concat([one(runs) for one in judges], ignore_index=True)
-
-
-def overall(judged: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim: `text`, `verdict`, and for how many of its rows each word was found."""
-    rows = []
-    for claim, part in judged.groupby("claim", sort=False):
-        words = part["verdict"]
-        word = "confirmed" if (words == "confirmed").all() else "refuted" if (words == "refuted").any() else "undecided"
-        counts = {name: int((words == name).sum()) for name in ("confirmed", "refuted", "undecided")}
-        rows.append({"claim": claim, "text": TEXTS[str(claim)], "verdict": word, **counts})
-    return pd.DataFrame(rows)
-
-
-def figure(row: Mapping[str, Any] | pd.Series) -> str:
-    """The figure of a judged row with its interval, for a sentence or a table."""
-    if not row["n"]:
-        return "no runs"
-    unit = "%" if row["unit"] == "%" else ""
-    return stats.said(row["ours"], row["low"], row["high"], unit=unit, digits=1 if unit else 2)
-
-
-def in_short(judged: pd.DataFrame) -> str:
-    """The verdicts as a Markdown table: a row a claim, a column a model; parts apart where they were judged so."""
-    models = judged["model"].unique()
-    lines = [f"| claim | {' | '.join(models)} | verdict |", "|---" * (len(models) + 2) + "|"]
-    for total in overall(judged).itertuples():
-        mine = judged[judged["claim"] == total.claim]
-        cells = []
-        for model in models:
-            rows = [row for _, row in mine[mine["model"] == model].iterrows()]
-            cells.append("<br>".join((f"{row['part']}: " if row["part"] else "") + figure(row) for row in rows))
-        lines.append(f"| {total.claim}: {total.text} | {' | '.join(cells)} | **{total.verdict}** |")
-    return "\n".join(lines)

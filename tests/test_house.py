@@ -42,6 +42,7 @@ FLOORS = [
     ["pool"],
     ["grid"],
     ["rendering", "stats", "relations", "tables", "pages", "shelf"],
+    ["verdicts"],
     ["marks", "claims"],
     ["diagrams", "comparisons", "dots"],
     ["charts"],
