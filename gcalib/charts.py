@@ -144,7 +144,7 @@ def tie_share(
     """
     check(frame, "pair", "what", "share")
     base = base_of(frame.assign(share=100 * frame["share"]), height=alt.Step(22)).encode(
-        alt.X("share:Q", title="tied with a neighbour in time (%)", axis=alt.Axis(grid=False, tickCount=6)),
+        alt.X("share:Q", title="sharing their day (%)", axis=alt.Axis(grid=False, tickCount=6)),
         alt.Y("pair:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.3)),
         alt.YOffset("what:N", sort=None),
     )  # fmt: skip
