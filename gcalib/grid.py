@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
+from gcalib.data.sources import at_hand
 from gcalib.estimates import estimate, learnable
 from gcalib.experiments import pair_of
 from gcalib.pool import Outcomes, alone, shared
@@ -25,6 +26,7 @@ from gcalib.store import RunStore
 from gcalib.training import pick_device
 
 log = logging.getLogger("gcalib")
+
 
 class GridError(RuntimeError):
     """Some runs of a grid failed; the others, if any, are stored. `failures` maps each failed config to its error."""
@@ -134,6 +136,9 @@ def finished(configs: Iterable[RunConfig], store: str | Path) -> list[str | None
     found: dict[int, str | None] = {}
     without_data: dict[int, RunConfig] = {}
     for place, config in enumerate(configs):
+        if not at_hand(config.pair):  # nobody downloads data to learn what is finished
+            without_data[place] = config
+            continue
         try:
             name = run_id(config, pair_of(config).sha256, RESULTS_VERSION)
             found[place] = name if name in there else None

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import gcalib.experiments
-from gcalib.config import RunConfig, run_id
+from gcalib.config import Profile, RunConfig, run_id
+from gcalib.data import sources
 from gcalib.data.pair import DataError, Pair
 from gcalib.experiments import run
 from gcalib.grid import run_grid
@@ -20,6 +21,7 @@ from gcalib.records import RESULTS_VERSION, record_sha256
 from gcalib.store import RunStore, load_curves, load_results
 
 TINY = "synthetic:num_users=120,items_a=110,items_b=115"
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden_run.json"
 
 
@@ -71,6 +73,20 @@ def test_a_stored_run_is_found_without_the_data(tmp_path: Path, monkeypatch: pyt
     assert run(tiny_config(), tmp_path) == stored
     with pytest.raises(DataError, match="no such file"):
         run(tiny_config(seed=9), tmp_path)
+
+
+def test_what_is_stored_asks_for_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object) -> None:
+        raise DataError("a download was asked for")
+
+    monkeypatch.delenv("GCALIB_DATA", raising=False)
+    monkeypatch.setattr(sources, "cache", lambda: tmp_path)
+    monkeypatch.setattr(sources, "_download", download)
+    config = Profile.load("first", ROOT / "params").grid_configs()[0]
+    (found,) = run_grid([config], ROOT / "results")["run_id"]
+    assert run(config, ROOT / "results")["run_id"] == found
+    with pytest.raises(DataError, match="a download was asked for"):
+        run(config, tmp_path)
 
 
 def test_the_golden_run_is_pinned_to_the_results_version(tmp_path: Path) -> None:

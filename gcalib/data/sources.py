@@ -105,6 +105,15 @@ def load_published(name: str, options: Options | None = None, download: bool = T
     )  # fmt: skip
 
 
+def at_hand(name: str) -> bool:
+    """Whether a pair can be loaded without a download: its files are there, or it needs none."""
+    if name not in PAIRS:
+        return True
+    folder = os.environ.get("GCALIB_DATA")
+    paths = (Path(folder) / one.path if folder else cache() / one.plain_path for one in PAIRS[name].files)
+    return all(path.is_file() for path in paths)
+
+
 def locate(name: str, source: Source, download: bool = True) -> tuple[Path, bytes]:
     """Find a published file and read its verified bytes.
 
