@@ -174,6 +174,8 @@ def binary_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Weighted sum of `-log sigmoid(positive)` and the mean `-log sigmoid(-negative)` (Kang & McAuley 2018, eq. 6).
 
+    Theirs has one negative a target; here there may be many, which are averaged.
+
     A negative at minus infinity (a target drawn as its own negative) counts nothing.
     """
     real: Bool[Tensor, "queries negatives"] = torch.isfinite(negative)

@@ -2,8 +2,10 @@
 
 What may attend to what is decided by the rows' clocks (`gcalib.data.batches`): a query sees a row of the other domain
 if nothing in that row is newer than the query's slot. A row that no cross-attention has touched depends on `seen`;
-one that was itself a query depends on all up to its own `slot`. So a first cross-attention (0 or 1) sees the other
-domain's newest item, a later one (in a stack, or at 2) sees it through what the first made of it.
+one that was itself a query depends on all up to its own `slot`. So a first cross-attention at 0 or 1 sees the other
+domain's newest item, and a later one of a stack sees it through what the first made of it. At 2 alone the models
+differ: CDSRNP's states still hold one event each, so its late cross-attention sees that item; the states of ABXI and
+LLM4CDSR stand for all up to a slot, so theirs does not.
 """
 
 from __future__ import annotations

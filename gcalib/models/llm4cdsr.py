@@ -25,11 +25,15 @@ what is told in `gcalib.models.crossing`:
     GCA2, late    on the states h_A and h_B of the predictions, before they are joined with h_X
 
 Ours and official: the official code masks neither the future nor pads, so in training every position sees the item it
-is to predict. `as_published` repeats that, and leaves out, as the official code does, targets before which the user
-has no item of their domain. Without it attention is causal and such targets count, with h_A = 0. The official code
-draws the negatives of h_X and of h_A apart, so that the two halves of a negative's score are of two items; here
-they are of one, as in evaluation. A domain's e_i and its scores know nothing of the other domain's items, so the
-negatives of InfoNCE are those of the target's domain.
+is to predict. `as_published` repeats that, and its binary cross-entropy leaves out, as the official code does, targets
+before which the user has no item of their domain. Without it attention is causal. Then, and in InfoNCE, such targets
+count, with h_A = 0. The official code draws the negatives of h_X and of h_A apart, so that the two halves of a
+negative's score are of two items; here they are of one, as in evaluation. A domain's e_i and its scores know nothing of
+the other domain's items, so the negatives of InfoNCE are those of the target's domain. The profile p_u holds the target
+of the state that it is contrasted with, in training only, since it is the text of all of the training history.
+
+The profiles in `params/` are smaller than what was published: width 64 (128), two heads (1), 47 inputs (200), batches
+of 256 (128), AdamW (Adam), and a sentence encoder 384 wide (a language model's 1,536).
 """
 
 from __future__ import annotations

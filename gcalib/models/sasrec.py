@@ -10,7 +10,8 @@ Two forms, neither with a place for cross-attention:
     score(item) = h . E[item]
 
 The published loss is binary cross-entropy against one sampled negative; `objective="infonce"` puts ABXI's loss in its
-place, which makes the two comparable. Negatives are shared by a batch in both.
+place, which makes the two comparable. Negatives are shared by a batch in both; the cross-entropy
+averages over them.
 """
 
 from __future__ import annotations
