@@ -187,7 +187,7 @@ def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
 
 def same_level(runs: pd.DataFrame) -> pd.DataFrame:
     """C3, of GCA0 with its default gate and heads: does the median cosine lie within the paper's range, and does the
-    cosine end below that of the same module untrained?
+    cosine end below that of the same module set back to its start?
 
     The first by a percentile bootstrap over runs, the second by Student's t. Fewer than six runs leave the first
     undecided: even from the lowest to the highest of five, a median is missed more often than once in twenty.
@@ -209,7 +209,7 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
         question = "median of mean |cos(X, X′)| at point 0"
         rows.append(("C3", model, "level", question, np.median(values), left, right, 0.95, "", word, *counted))
         mean = stats.mean_interval(by_run.assign(all=0), "rise", "all").iloc[0]
-        question = "mean |cos(X, X′)| at point 0, less that of the untrained module"
+        question = "mean |cos(X, X′)| at point 0, less that of the module set back to its start"
         word = stats.verdict(mean["low"], mean["high"], expected=-1)
         rows.append(("C3", model, "rise", question, mean["mean"], mean["low"], mean["high"], 0.95, "", word, *counted))
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -16,6 +16,7 @@ import torch
 
 from gcalib.attention import GatedCrossAttention
 from gcalib.config import RunConfig, run_id
+from gcalib.data.errors import NoDataError
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import at_hand, load_pair
 from gcalib.evaluation import evaluate
@@ -33,8 +34,13 @@ def _pair(name: str, ties: str, tie_seed: int, max_length: int, min_per_domain: 
     return load_pair(name, ties=ties, tie_seed=tie_seed, max_length=max_length, min_per_domain=min_per_domain)
 
 
-def pair_of(config: RunConfig) -> Pair:
-    """The pair of a config, with its tie order, maximum length and minimum (kept for the next call)."""
+def pair_of(config: RunConfig, download: bool = True) -> Pair:
+    """The pair of a config, with its tie order, maximum length and minimum (kept for the next call).
+
+    Without `download` a pair that is not at hand is a `NoDataError`.
+    """
+    if not download and not at_hand(config.pair):
+        raise NoDataError(f"{config.pair} is not at hand; load_pair({config.pair!r}) downloads what is public.")
     return _pair(config.pair, config.ties, config.tie_seed, config.max_length, config.min_per_domain)
 
 
@@ -72,16 +78,13 @@ def run_in_steps(
     """`run`, with a pause after each training step (see `gcalib.training.fit_in_steps`); the run is held meanwhile."""
     config = config.canonical()
     runs = RunStore(store)
-    if not at_hand(config.pair) and (record := runs.find(config)) is not None:
-        trace([record])  # nobody downloads data to read what is finished
-        return record
     try:
-        pair = pair_of(config)
+        pair = pair_of(config, download=False)
     except DataError:
-        if (record := runs.find(config)) is None:
-            raise
-        trace([record])
-        return record
+        if (record := runs.find(config)) is not None:
+            trace([record])  # nobody downloads data to read what is finished
+            return record
+        pair = pair_of(config)
     name = run_id(config, pair.sha256, RESULTS_VERSION)
     if (record := runs.get(name)) is None:
         with runs.lock(name, wait=wait):
@@ -138,7 +141,11 @@ def _compute(
 
 
 def _with_initial_gca(model: Recommender, config: RunConfig, pair: Pair) -> Recommender:
-    """The trained model with every cross-attention set back to its start: the third null of `gcalib.alignment`."""
+    """The trained model with every cross-attention set back to its start: the third null of `gcalib.alignment`.
+
+    That start is the run's own, through which the rest was trained: the rest may have adapted to it, so the cosine may
+    lie above that of an untrained module drawn anew.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fresh = dict(build_model(config, pair).named_modules())

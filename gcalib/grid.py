@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
-from gcalib.data.sources import at_hand
 from gcalib.estimates import estimate, learnable
 from gcalib.experiments import pair_of
 from gcalib.pool import Outcomes, alone, shared
@@ -136,11 +135,8 @@ def finished(configs: Iterable[RunConfig], store: str | Path) -> list[str | None
     found: dict[int, str | None] = {}
     without_data: dict[int, RunConfig] = {}
     for place, config in enumerate(configs):
-        if not at_hand(config.pair):  # nobody downloads data to learn what is finished
-            without_data[place] = config
-            continue
         try:
-            name = run_id(config, pair_of(config).sha256, RESULTS_VERSION)
+            name = run_id(config, pair_of(config, download=False).sha256, RESULTS_VERSION)
             found[place] = name if name in there else None
         except DataError:
             without_data[place] = config
