@@ -4,13 +4,15 @@ The paper writes `|cos(X, X')| = (1 / (B l)) sum cos(x, x')` (arXiv 2510.09435).
 which are reported apart: the mean of cos, the absolute value of that mean, the mean of the absolute values. They differ
 much: independent directions have a mean of 0 but a mean absolute value well above.
 
-A cosine says something only against what it would be if X' had nothing to do with X. Three nulls:
+A cosine says something only against what it would be if X' had nothing to do with X, or if nothing had been learned:
 
 1. `null_mean_abs`, analytic: E|cos| of two independent directions, uniform on the sphere of R^d, is
    `Gamma(d / 2) / (sqrt(pi) Gamma((d + 1) / 2))`, close to `sqrt(2 / (pi d))`: 0.100 at d = 64, 0.050 at d = 256.
 2. `null_perm_signed`, `null_perm_mean_abs`, by permutation: X' of another user at the same position. It keeps what all
    users share, such as a common direction of all updates, which the analytic null knows nothing about.
-3. The same module at its initialisation: measure the untrained module with another `AlignmentMeter`.
+3. An untrained module in the trained model: measure it with another `AlignmentMeter`. Drawn anew, it is what the
+   architecture does by itself to these states. Set back to the start of the run it is no null of independence: the
+   embeddings were trained through that very draw, and have adapted to it (`gcalib.experiments` records both).
 
 `INVARIANT_TO` declares what each measure ignores; the tests hold it to that, in both directions.
 """

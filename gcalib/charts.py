@@ -32,7 +32,7 @@ _LINES = {
     "cos_mean_abs": ("measured", COLOURS[0], [1, 0]),
     "null_mean_abs": ("null: random directions", COLOURS[6], [2, 3]),
     "null_perm_mean_abs": ("null: X′ of another user", COLOURS[1], [8, 4]),
-    "null_init_mean_abs": ("null: untrained module", COLOURS[2], [8, 3, 2, 3]),
+    "null_init_mean_abs": ("the module's own start", COLOURS[2], [8, 3, 2, 3]),
 }
 
 
@@ -51,8 +51,8 @@ def cosine_and_ndcg(
     ----------
     curves
         One row an epoch, as of `gcalib.load_curves`: `epoch`, `<split>.<a|b>.gca<point>.<measure>` and
-        `<split>.<a|b>.full.ndcg@10`. The null of the untrained module is drawn if there is a column
-        `...null_init_mean_abs`. Of several runs, the mean of those that reached an epoch.
+        `<split>.<a|b>.full.ndcg@10`. The level of the module set back to its start is drawn if
+        there is a column `...null_init_mean_abs`. Of several runs, the mean of those that reached an epoch.
     domains
         Names of domains A and B.
     """

@@ -2,7 +2,7 @@
 
 Some were changed after the first of them. Towards "undecided": C2 asks for two cells in which runs compare and takes a
 run once, C3 asks for six runs. And C3 and C6 look at the default gate and heads, since the cosine depends on the gate
-and a mean over variants is one of the mix; C3 asks separately whether the cosine ends below the untrained module's, and
+and a mean over variants is one of the mix; C3 asks separately whether the cosine ends below that of the module's own start, and
 no longer for one level in all models. C5 knows two more steps.
 
 Every judge takes records named by `gcalib.tables.named`, looks at those of the commonest width, and returns one row a
@@ -144,9 +144,17 @@ def seeds_needed(
 
 
 def alignment(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run, domain and insertion point: the cosines and their nulls by their names, and `ndcg`."""
-    names = ("cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs")
+    """One row a run, domain and insertion point: the cosines and their nulls by their names, and `ndcg`.
+
+    `null_fresh_mean_abs` is nan of runs recorded before it was measured.
+    """
+    names = (
+        "cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs",
+        "null_fresh_mean_abs",
+    )  # fmt: skip
     same = one_width(runs)
+    since = [f"test.{letter}.gca{point}.null_fresh_mean_abs" for letter in "ab" for point in (0, 1, 2)]
+    same = same.assign(**{name: np.nan for name in since if name not in same})
     cosines = tables.by_point(same, {name: name for name in names})
     ranking = tables.by_domain(same, {"ndcg": METRIC})[["run_id", "domain", "ndcg"]]
     return cosines.merge(ranking, on=["run_id", "domain"])

@@ -16,7 +16,8 @@ EPOCHS = 30  # of a curve among many
 NULLS = {
     "null_mean_abs": ("null: random directions", COLOURS[6]),
     "null_perm_mean_abs": ("null: X′ of another user", COLOURS[1]),
-    "null_init_mean_abs": ("null: untrained module", COLOURS[2]),
+    "null_fresh_mean_abs": ("null: module drawn anew", COLOURS[3]),
+    "null_init_mean_abs": ("the module's own start", COLOURS[2]),
 }
 
 
@@ -102,25 +103,29 @@ def differences(
 def against_nulls(
     frame: pd.DataFrame, *, title: str, subtitle: str = "", row: str = "case", level: tuple[float, float] | None = None
 ) -> alt.FacetChart:
-    """Mean |cos(X, X′)| of each case as a dot, its three nulls as ticks, a panel a domain.
+    """Mean |cos(X, X′)| of each case as a dot, its nulls and its module's own start as ticks, a panel a domain.
 
     Parameters
     ----------
     frame
-        One row a run: the column named by `row`, `domain`, `cos_mean_abs` and the nulls (`null_mean_abs`,
-        `null_perm_mean_abs`, `null_init_mean_abs`); runs of a case are averaged, and each is a faint dot.
+        One row a run: the column named by `row`, `domain`, `cos_mean_abs` and levels to compare it with
+        (`null_mean_abs`, `null_perm_mean_abs`, `null_init_mean_abs`, and where some runs have it
+        `null_fresh_mean_abs`); runs of a case are averaged, and each is a faint dot.
     level
         A published range to shade.
     """
-    check(frame, row, "domain", "cos_mean_abs", *NULLS)
+    needed = [name for name in NULLS if name != "null_fresh_mean_abs"]
+    check(frame, row, "domain", "cos_mean_abs", *needed)
+    levels = {name: NULLS[name] for name in NULLS if name in needed or (name in frame and frame[name].notna().any())}
     rows = frame[row].unique().tolist()
     measured = frame[[row, "domain", "cos_mean_abs"]].rename(columns={"cos_mean_abs": "value"}).assign(what="measured")
-    nulls = frame.groupby([row, "domain"], sort=False)[list(NULLS)].mean().reset_index()
-    ticks = nulls.melt([row, "domain"], var_name="what").replace({"what": {k: v for k, (v, _) in NULLS.items()}})
+    nulls = frame.groupby([row, "domain"], sort=False)[list(levels)].mean().reset_index()
+    ticks = nulls.melt([row, "domain"], var_name="what").dropna()
+    ticks = ticks.replace({"what": {name: said for name, (said, _) in levels.items()}})
     means = measured.groupby([row, "domain", "what"], sort=False)["value"].mean().reset_index()
     table = pd.concat([measured.assign(kind="run"), means.assign(kind="mean"), ticks.assign(kind="null")])
-    names = ["measured", *(name for name, _ in NULLS.values())]
-    scale = alt.Scale(domain=names, range=[COLOURS[0], *(colour for _, colour in NULLS.values())])
+    names = ["measured", *(name for name, _ in levels.values())]
+    scale = alt.Scale(domain=names, range=[COLOURS[0], *(colour for _, colour in levels.values())])
     measure = "mean |cos(X, X′)|"
     x = alt.X("value:Q", title=measure, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5))
     drawn = base_of(table, width=270, height=alt.Step(24))  # one table: altair facets no chart of several

@@ -33,6 +33,7 @@ def evaluate(
 
     A user has one target, or without a common clock one in each domain (`gcalib.data.split`). The sampled
     protocols are read out of the full ranking's scores. A protocol for which a domain has too few items is left out.
+    Without any protocol nothing is ranked.
 
     Returns
     -------
@@ -50,14 +51,14 @@ def evaluate(
     example[parts.users, owner] = np.arange(len(parts))
     ranks = {name: np.zeros(len(parts)) for name in ("full", *sampled)}
     meters: dict[str, AlignmentMeter] = {}
-    scorers = [model.scorer(domain) for domain in (0, 1)]
+    scorers = [model.scorer(domain) for domain in (0, 1)] if protocols else []
     was_training = model.training
     model.eval()
     with tapping(model) as taps:
         for users in length_batches(parts.lengths, EVAL_USERS, None):
             histories = [parts.history(user) for user in users]
             states = model(_evaluation_batch(model, histories, pair.has_clock).to(device))
-            for domain in (0, 1):
+            for domain in (0, 1) if protocols else ():
                 places = np.flatnonzero(example[users, domain] >= 0)
                 asked = example[users[places], domain]
                 if len(asked) == 0:
@@ -85,7 +86,7 @@ def evaluate(
     groups = {"seen": known}
     if not pair.in_both.all():
         groups |= {"both": pair.in_both[parts.users], "single": ~pair.in_both[parts.users]}
-    for domain, letter in enumerate("ab"):
+    for domain, letter in enumerate("ab") if protocols else ():
         mine = owner == domain
         for name in ranks:
             size = full_size if name == "full" else np.full(len(parts), 1 + SAMPLED[name])

@@ -17,7 +17,7 @@ import torch
 from gcalib.attention import GatedCrossAttention
 from gcalib.config import RunConfig, run_id
 from gcalib.data.errors import NoDataError
-from gcalib.data.pair import DataError, Pair
+from gcalib.data.pair import DataError, Pair, SplitName
 from gcalib.data.sources import at_hand, load_pair
 from gcalib.evaluation import evaluate
 from gcalib.models import Recommender, build_model, matched
@@ -27,6 +27,7 @@ from gcalib.store import RunStore
 from gcalib.training import finish, fit_in_steps, pick_device
 
 log = logging.getLogger("gcalib")
+FRESH = 4  # draws of an untrained cross-attention that a null is the mean of
 
 
 @functools.lru_cache(maxsize=4)
@@ -60,7 +61,8 @@ def run(
         `best_epoch`, `stopped_early` (False: cut by `epochs`),
         `code_version`, `results_version`, `data_sha256`, `clock` (False: a per-domain
         pair, whose contexts may be later than their targets), and `<split>.<domain>...` figures of the best epoch
-        (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs`, from untrained cross-attention).
+        (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs` and `null_fresh_mean_abs`, of untrained
+        cross-attention: set back to the run's start, and drawn anew).
 
     Raises
     ------
@@ -110,12 +112,7 @@ def _compute(
     for split in ("val", "test"):
         found = evaluate(model, pair, split)
         if trained.gca:
-            untrained = evaluate(_with_initial_gca(model, trained, pair), pair, split)
-            found |= {
-                key.replace("cos_mean_abs", "null_init_mean_abs"): value
-                for key, value in untrained.items()
-                if key.endswith(".cos_mean_abs")
-            }
+            found |= _untrained_cosines(model, trained, pair, split)
         figures |= {f"{split}.{key}": value for key, value in found.items()}
     record = {
         "run_id": name,
@@ -140,19 +137,36 @@ def _compute(
     return {**record, "gca": list(config.gca)}, done.curves
 
 
-def _with_initial_gca(model: Recommender, config: RunConfig, pair: Pair) -> Recommender:
-    """The trained model with every cross-attention set back to its start: the third null of `gcalib.alignment`.
+def _untrained_cosines(model: Recommender, config: RunConfig, pair: Pair, split: SplitName) -> dict[str, float]:
+    """Mean |cos(X, X')| of the trained model with its cross-attention untrained: the third null, in two forms.
 
-    That start is the run's own, through which the rest was trained: the rest may have adapted to it, so the cosine may
-    lie above that of an untrained module drawn anew.
+    `null_init_mean_abs` sets the modules back to the start of the run, through which the rest was trained and to which
+    it has adapted: this is a level to compare with, not one of independence. `null_fresh_mean_abs` draws them anew, from
+    seeds that the run has not seen, and is the mean over `FRESH` draws.
     """
+    own, *fresh = (
+        {
+            key: value
+            for key, value in evaluate(_with_untrained_gca(model, config, pair, seed), pair, split, protocols=()).items()
+            if key.endswith(".cos_mean_abs")
+        }
+        for seed in range(config.seed, config.seed + FRESH + 1)
+    )
+    figures = {key.replace("cos_mean_abs", "null_init_mean_abs"): value for key, value in own.items()}
+    for key in own:
+        figures[key.replace("cos_mean_abs", "null_fresh_mean_abs")] = sum(one[key] for one in fresh) / FRESH
+    return figures
+
+
+def _with_untrained_gca(model: Recommender, config: RunConfig, pair: Pair, seed: int) -> Recommender:
+    """The trained model with every cross-attention as it is before training under that seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        fresh = dict(build_model(config, pair).named_modules())
+        torch.manual_seed(seed)
+        untrained = dict(build_model(config, pair).named_modules())
     mixed = copy.deepcopy(model)
     for name, module in mixed.named_modules():
         if isinstance(module, GatedCrossAttention):
-            module.load_state_dict(fresh[name].state_dict())
+            module.load_state_dict(untrained[name].state_dict())
     return mixed
 
 

@@ -228,8 +228,12 @@ def test_a_null_that_was_not_measured_is_not_in_the_legend():
     without = charts.cosine_and_ndcg(curves()).to_dict()
     initial = {f"val.{letter}.gca0.null_init_mean_abs": 0.09 for letter in "ab"}
     with_it = charts.cosine_and_ndcg(curves().assign(**initial)).to_dict()
-    assert "untrained module" not in json.dumps(without)
-    assert "untrained module" in json.dumps(with_it["vconcat"][0])
+    assert "own start" not in json.dumps(without)
+    assert "own start" in json.dumps(with_it["vconcat"][0])
+    for values, shown in ((None, False), ([np.nan, 0.11, 0.11] * 4, True)):
+        frame = nulls() if values is None else nulls().assign(null_fresh_mean_abs=values)
+        spec = json.dumps(charts.against_nulls(frame, title="T").to_dict())
+        assert ("drawn anew" in spec) is shown and "NaN" not in spec
 
 
 def test_runs_without_the_module_leave_its_curves_alone():

@@ -43,7 +43,7 @@ def test_a_record_holds_the_config_its_costs_and_the_figures(tmp_path: Path) -> 
                 prefix = f"{split}.{domain}.gca{point}."
                 assert 0 < record[prefix + "cos_mean_abs"] <= 1
                 assert 0 < record[prefix + "cos_xy_mean_abs"] <= 1
-                assert {"null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs"} <= {
+                assert {"null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs", "null_fresh_mean_abs"} <= {
                     key.removeprefix(prefix) for key in record if key.startswith(prefix)
                 }
     assert not any(".s999." in key for key in record)  # the domain has too few items for 999 negatives
