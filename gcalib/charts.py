@@ -252,10 +252,10 @@ def timeline(frame: pd.DataFrame, *, title: str, subtitle: str = "") -> alt.Char
     check(frame, "user", "domain", "time")
     days = frame.assign(day=frame["time"] // 86_400).groupby(["user", "domain", "day"], sort=False).size()
     table = days.rename("events").reset_index()
-    table["year"] = 1970 + table["day"] / 365.2425
     domains, counts = list(frame["domain"].unique()), sorted({1, int(table["events"].max())})
     axis = alt.Axis(format="d", tickMinStep=1, tickCount=6, grid=False)
-    chart = base_of(table, height=alt.Step(15)).mark_point(opacity=1).encode(
+    drawn = base_of(table, height=alt.Step(15)).transform_calculate(year="1970 + datum.day / 365.2425")
+    chart = drawn.mark_point(opacity=1).encode(
         alt.X("year:Q", title="year", scale=alt.Scale(zero=False), axis=axis),
         alt.Y("user:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.35)),
         alt.YOffset("domain:N", sort=domains),

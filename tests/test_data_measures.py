@@ -65,6 +65,9 @@ def test_later_context_by_hand():
     found = later_context(TWO)
     assert found == {"users_affected": 0.5, "later_share": 0.25, "same_day_share": 0.0, "days_ahead": 25.0}
     assert np.isnan(later_context(pair_of([(1, 1), (5, 1), (2, 1), (3, 1)]))["days_ahead"])
+    # three events of B, on days 12, 16 and 40: the last is B's own target, and no context
+    three = pair_of([(1, 10), (5, 12), (2, 15), (6, 16), (7, 40)])
+    assert later_context(three) == {"users_affected": 1.0, "later_share": 0.5, "same_day_share": 0.0, "days_ahead": 1.0}
 
 
 def test_later_training_by_hand():

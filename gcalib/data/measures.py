@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from gcalib.data.pair import Pair
+from gcalib.data.split import MIN_IN_DOMAIN, TARGET, streams, to_end
 
 DAY = 86_400  # seconds
 
@@ -71,22 +72,24 @@ def tied_targets(pair: Pair) -> dict[str, float]:
 
 
 def later_context(pair: Pair) -> dict[str, float]:
-    """How far the future would leak if the last event of A were predicted from all of B, as without a common clock.
+    """How far the future would leak if the last event of A were predicted from B, as without a common clock.
+
+    The last event of B is held out as well, as B's own test target, and so is no context (`gcalib.data.split`).
 
     Returns
     -------
     dict
-        `users_affected`, the share of users with events of B on a later day than the target; `later_share`, the share
-        of all events of B that are later; `same_day_share`, that of those on the target's day; `days_ahead`, the median
-        lead of the later ones.
+        `users_affected`, the share of users with context of B from a later day than the target; `later_share`, the
+        share of all context that is later; `same_day_share`, that on the target's day; `days_ahead`, the median lead
+        of the later context.
     """
     pair.require_clock("Measuring what comes later")
     owner, in_b = _owner(pair), pair.domain_of(pair.items) == 1
     target_time = np.full(pair.num_users, np.iinfo(np.int64).min)
     np.maximum.at(target_time, owner[~in_b], pair.times[~in_b])
-    with_a = target_time[owner[in_b]] >= 0
-    lead = (pair.times[in_b] - target_time[owner[in_b]])[with_a]
-    users = owner[in_b][with_a]
+    place, size = to_end(streams(pair.items, pair.offsets, pair.num_items[0], has_clock=False))
+    context = in_b & (target_time[owner] >= 0) & ~((place == TARGET["test"]) & (size >= MIN_IN_DOMAIN))
+    lead, users = pair.times[context] - target_time[owner[context]], owner[context]
     affected = np.unique(users[lead > 0])
     return {
         "users_affected": len(affected) / pair.num_users,
