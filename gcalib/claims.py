@@ -2,8 +2,8 @@
 
 Some were changed after the first of them. Towards "undecided": C2 asks for two cells in which runs compare and takes a
 run once, C3 asks for six runs. And C3 and C6 look at the default gate and heads, since the cosine depends on the gate
-and a mean over variants is one of the mix; C3 asks separately whether the cosine ends below that of the module's own start, and
-no longer for one level in all models. C5 knows two more steps.
+and a mean over variants is one of the mix; C3 asks separately whether the cosine ends below that of the module's own
+start, and no longer for one level in all models. C5 knows two more steps.
 
 Every judge takes records named by `gcalib.tables.named`, looks at those of the commonest width, and returns one row a
 model (and part): `claim`, `model`, `part` (a domain, or what is asked, where a claim has several), what was asked in

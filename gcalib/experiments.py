@@ -141,17 +141,16 @@ def _untrained_cosines(model: Recommender, config: RunConfig, pair: Pair, split:
     """Mean |cos(X, X')| of the trained model with its cross-attention untrained: the third null, in two forms.
 
     `null_init_mean_abs` sets the modules back to the start of the run, through which the rest was trained and to which
-    it has adapted: this is a level to compare with, not one of independence. `null_fresh_mean_abs` draws them anew, from
-    seeds that the run has not seen, and is the mean over `FRESH` draws.
+    it has adapted: this is a level to compare with, not one of independence. `null_fresh_mean_abs` draws them anew,
+    from seeds that the run has not seen, and is the mean over `FRESH` draws.
     """
-    own, *fresh = (
-        {
-            key: value
-            for key, value in evaluate(_with_untrained_gca(model, config, pair, seed), pair, split, protocols=()).items()
-            if key.endswith(".cos_mean_abs")
-        }
-        for seed in range(config.seed, config.seed + FRESH + 1)
-    )
+
+    def cosines(seed: int) -> dict[str, float]:
+        untrained = _with_untrained_gca(model, config, pair, seed)
+        found = evaluate(untrained, pair, split, protocols=())  # measured, not ranked
+        return {key: value for key, value in found.items() if key.endswith(".cos_mean_abs")}
+
+    own, *fresh = (cosines(seed) for seed in range(config.seed, config.seed + FRESH + 1))
     figures = {key.replace("cos_mean_abs", "null_init_mean_abs"): value for key, value in own.items()}
     for key in own:
         figures[key.replace("cos_mean_abs", "null_fresh_mean_abs")] = sum(one[key] for one in fresh) / FRESH
