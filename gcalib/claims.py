@@ -30,6 +30,7 @@ __all__ = [
     "CELLS", "COLUMNS", "MARGIN", "METRIC", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "by_measure", "comparable",
     "depth", "early", "effect", "figure", "first_points", "in_short", "independent", "judge", "matched", "one_width",
     "orthogonal_is_better", "overall", "published", "same_level", "seeds_needed", "steps", "under_protocols",
+    "untrained",
 ]  # fmt: skip
 
 METRIC = "full.ndcg@10"
@@ -221,6 +222,21 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
         word = stats.verdict(mean["low"], mean["high"], expected=-1)
         rows.append(("C3", model, "rise", question, mean["mean"], mean["low"], mean["high"], 0.95, "", word, *counted))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def untrained(runs: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
+    """Of the excess of mean |cos(X, X′)| over random directions: what is left with an untrained module in its place.
+
+    A row a group of GCA0's runs with its default gate and heads that measured both kinds: `own`, the module set back to
+    the weights of the run's start, and `fresh`, a module drawn anew. What the first keeps and the second does not is in
+    the rest of the model, which was trained through those weights. Then `excess` itself, and `runs`.
+    """
+    rows = alignment(runs).query("point == 0 and variant == 'GCA0'").dropna(subset=["null_fresh_mean_abs"])
+    grouped = rows.groupby(list(by), sort=False)
+    means = grouped[["cos_mean_abs", "null_init_mean_abs", "null_fresh_mean_abs", "null_mean_abs"]].mean()
+    excess, own, fresh = (means.iloc[:, place] - means["null_mean_abs"] for place in range(3))
+    counted = grouped["run_id"].nunique()
+    return pd.DataFrame({"own": own / excess, "fresh": fresh / excess, "excess": excess, "runs": counted})
 
 
 STEPS = [

@@ -67,6 +67,18 @@ def test_early_cross_attention_is_judged_by_its_gain(gain: float, word: str) -> 
     assert row["low"] < row["ours"] < row["high"] and (row["n"], row["runs"]) == (9, 18)
 
 
+def test_what_an_untrained_module_keeps_is_a_share_of_the_excess_over_chance() -> None:
+    runs = study({}, cosine=0.15, untrained=0.14)
+    assert claims.untrained(runs).empty  # recorded before it was measured
+    fresh = {f"test.{letter}.gca0.null_fresh_mean_abs": 0.11 for letter in "ab"}
+    measured = runs.assign(**fresh)
+    measured.loc[measured["pair"] == "three", list(fresh)] = None
+    (row,) = claims.untrained(measured).to_dict("records")
+    assert row["runs"] == 6 and row["excess"] == pytest.approx(0.05, abs=0.015)  # six of GCA0, with their noise
+    assert row["own"] == pytest.approx(0.04 / row["excess"]) and row["fresh"] == pytest.approx(0.01 / row["excess"])
+    assert claims.untrained(measured, ["model", "pair"])["runs"].tolist() == [3, 3]
+
+
 @pytest.mark.parametrize(("gain", "word"), [(5.0, "refuted"), (-5.0, "confirmed")])
 def test_the_widened_baseline_is_what_c4_compares_with(gain: float, word: str) -> None:
     runs = study({"widened": gain})
