@@ -3,7 +3,7 @@
 Some were changed after the first of them. Towards "undecided": C2 asks for two cells in which runs compare and takes a
 run once, C3 asks for six runs. And C3 and C6 look at the default gate and heads, since the cosine depends on the gate
 and a mean over variants is one of the mix; C3 asks separately whether the cosine ends below that of the module's own
-start, and no longer for one level in all models. C5 knows two more steps.
+start, and no longer for one level in all models. C5 knows two more steps, and is refuted only by all of them.
 
 Every judge takes records named by `gcalib.tables.named`, looks at those of the commonest width, and returns one row a
 model (and part): `claim`, `model`, `part` (a domain, or what is asked, where a claim has several), what was asked in
@@ -15,34 +15,40 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from gcalib import relations, stats, tables
+from gcalib import relations, stats
+from gcalib.effects import (
+    CELLS,
+    METRIC,
+    PROTOCOLS,
+    alignment,
+    comparable,
+    effect,
+    first_points,
+    one_width,
+    protocols_apart,
+    seeds_needed,
+    untrained,
+)
 from gcalib.verdicts import TEXTS, by_measure, figure, in_short, overall
 
 __all__ = [
-    "CELLS", "COLUMNS", "MARGIN", "METRIC", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "by_measure", "comparable",
-    "depth", "early", "effect", "figure", "first_points", "in_short", "independent", "judge", "matched", "one_width",
-    "orthogonal_is_better", "overall", "published", "same_level", "seeds_needed", "steps", "under_protocols",
-    "untrained",
+    "CELLS", "COLUMNS", "MARGIN", "METRIC", "NEAR", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "by_measure",
+    "comparable", "depth", "early", "effect", "figure", "first_points", "in_short", "independent", "judge", "matched",
+    "one_width", "orthogonal_is_better", "overall", "protocols_apart", "published", "same_level", "seeds_needed",
+    "steps", "under_protocols", "untrained",
 ]  # fmt: skip
 
-METRIC = "full.ndcg@10"
-MOST_SEEDS = 10_000  # that `seeds_needed` looks at
+NEAR = 0.02  # a cosine no further than that from a null is said to lie at it
 MARGIN = 0.3  # correlation below which C6 calls two cosines independent: a tenth of the variance
 COLUMNS = [
     "claim", "model", "part", "question", "ours", "low", "high", "level", "unit", "verdict", "n", "of", "runs",
 ]  # fmt: skip
-PROTOCOLS = {
-    "full": "full.ndcg@10", "999 sampled": "s999.ndcg@10", "100 sampled": "s100.ndcg@10", "AUC": "full.auc",
-}  # fmt: skip
-"""What ranking is measured by, the first of them the judged one."""
 
 
 def published(claim: str) -> pd.DataFrame:
@@ -55,39 +61,6 @@ def published(claim: str) -> pd.DataFrame:
     """
     table = pd.read_csv(Path(__file__).with_name("claims.csv"))
     return table[table["claim"] == claim].drop(columns="claim").reset_index(drop=True)
-
-
-def one_width(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the commonest width: the cosine of random directions depends on it, and ranking does too."""
-    return runs[runs["dim"] == runs["dim"].mode().iloc[0]]
-
-
-def effect(
-    runs: pd.DataFrame,
-    base: str,
-    variants: Sequence[str],
-    metric: str = METRIC,
-    level: float = 0.95,
-    variance: Literal["pooled", "own"] = "pooled",
-) -> pd.DataFrame:
-    """Change of a metric against a base variant, in percent of the base's mean, model by model.
-
-    Each pair counts alike, and so do its two domains; runs are paired by seed within a pair.
-
-    Returns
-    -------
-    pandas.DataFrame
-        As `gcalib.stats.stratified_difference`, one row a model and variant.
-    """
-    same = one_width(runs)
-    long = tables.by_domain(same[same["variant"].isin([base, *variants])], {"value": metric})
-    # a pair on which a model has no run of the base has nothing to compare with
-    based = long[long["variant"] == base].groupby(["model", "pair"]).size().rename("runs of the base")
-    long = long.merge(based, left_on=["model", "pair"], right_index=True)
-    long = long.assign(value=tables.relative(long, "value", base, ["model", "pair", "domain"]))
-    both = long.groupby(["model", "pair", "variant", "seed"], sort=False)["value"].mean().reset_index()
-    within = {"strata": "pair", "pair_on": "seed", "between": "variant", "base": base, "by": "model"}
-    return stats.stratified_difference(both, "value", **within, level=level, variance=variance)  # type: ignore[arg-type]
 
 
 def _gains(runs: pd.DataFrame, claim: str, base: str, variant: str, metric: str) -> pd.DataFrame:
@@ -120,59 +93,6 @@ def under_protocols(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def seeds_needed(
-    runs: pd.DataFrame, base: str, variant: str, smallest: float, power: float = 0.8, level: float = 0.95
-) -> pd.Series:
-    """Seeds a pair with which an effect of `smallest` percent would be seen with some power, by the spread so far.
-
-    Returns
-    -------
-    pandas.Series
-        By model; nan where there is no spread to go by.
-    """
-    needed: dict[str, float] = {}
-    for row in effect(runs, base, [variant], level=level).to_dict("records"):
-        sets, each, half = row["strata"], row["n"] / row["strata"], (row["high"] - row["low"]) / 2
-        needed[row["model"]] = np.nan
-        if np.isfinite(half):
-            # of the mean over pairs, were there one seed a pair
-            spread = half / scipy_stats.t.ppf((1 + level) / 2, row["n"] - sets) * np.sqrt(each)
-            tried = np.arange(2, MOST_SEEDS)
-            quantiles = scipy_stats.t.ppf([[(1 + level) / 2], [power]], sets * (tried - 1)).sum(axis=0)
-            enough = tried[quantiles * spread / np.sqrt(tried) <= smallest]
-            needed[row["model"]] = enough[0] if len(enough) else np.inf
-    return pd.Series(needed, dtype=float)
-
-
-def alignment(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run, domain and insertion point: the cosines and their nulls by their names, and `ndcg`.
-
-    `null_fresh_mean_abs` is nan of runs recorded before it was measured.
-    """
-    names = (
-        "cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs",
-        "null_fresh_mean_abs",
-    )  # fmt: skip
-    same = one_width(runs)
-    since = [f"test.{letter}.gca{point}.null_fresh_mean_abs" for letter in "ab" for point in (0, 1, 2)]
-    same = same.assign(**{name: np.nan for name in since if name not in same})
-    cosines = tables.by_point(same, {name: name for name in names})
-    ranking = tables.by_domain(same, {"ndcg": METRIC})[["run_id", "domain", "ndcg"]]
-    return cosines.merge(ranking, on=["run_id", "domain"])
-
-
-def first_points(runs: pd.DataFrame) -> pd.DataFrame:
-    """`alignment` with one row a run and domain: of a stack, its first insertion point."""
-    return alignment(runs).sort_values("point", kind="stable").drop_duplicates(["run_id", "domain"])
-
-
-CELLS = ["pair", "point"]
-"""What comparable runs share, for C2."""
-
-
-def comparable(rows: pd.DataFrame) -> bool:
-    """Whether rows of `alignment` have two cells or more in which several runs compare: a correlation needs them."""
-    return bool((rows.groupby(CELLS).size() > 1).sum() > 1)
 
 
 def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
@@ -224,21 +144,6 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def untrained(runs: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
-    """Of the excess of mean |cos(X, X′)| over random directions: what is left with an untrained module in its place.
-
-    A row a group of GCA0's runs with its default gate and heads that measured both kinds: `own`, the module set back to
-    the weights of the run's start, and `fresh`, a module drawn anew. What the first keeps and the second does not is in
-    the rest of the model, which was trained through those weights. Then `excess` itself, and `runs`.
-    """
-    rows = alignment(runs).query("point == 0 and variant == 'GCA0'").dropna(subset=["null_fresh_mean_abs"])
-    grouped = rows.groupby(list(by), sort=False)
-    means = grouped[["cos_mean_abs", "null_init_mean_abs", "null_fresh_mean_abs", "null_mean_abs"]].mean()
-    excess, own, fresh = (means.iloc[:, place] - means["null_mean_abs"] for place in range(3))
-    counted = grouped["run_id"].nunique()
-    return pd.DataFrame({"own": own / excess, "fresh": fresh / excess, "excess": excess, "runs": counted})
-
-
 STEPS = [
     ("GCA0", "GCA0+1"), ("GCA1", "GCA0+1"), ("GCA1", "GCA1+2"), ("GCA2", "GCA1+2"), ("GCA0+1", "GCA0+1+2"),
     ("GCA1+2", "GCA0+1+2"),
@@ -248,15 +153,20 @@ STEPS = [
 def steps(runs: pd.DataFrame) -> pd.DataFrame:
     """What one insertion point more changes: rows of `effect` with a column `step`, those that a model has runs for.
 
-    Of several steps the worst will be looked at, so each interval's `level` is Bonferroni's for their number.
+    Of several steps the worst will be looked at, so each interval's `level` is Bonferroni's for their number. Runs
+    with a point more whose seed the other place lacks are left out.
     """
     parts = []
     for _, mine in runs.groupby("model", sort=False):
-        there = set(mine["variant"])
-        mine_steps = [(base, more) for base, more in STEPS if {base, more} <= there]
-        for base, more in mine_steps:
-            level = 1 - 0.05 / len(mine_steps)
-            found = effect(mine, base, [more], level=level)
+        compared = {}
+        for base, more in STEPS:
+            before = mine[mine["variant"] == base]
+            after = mine[mine["variant"] == more].merge(before[["pair", "seed"]])
+            if len(after):
+                compared[base, more] = pd.concat([before, after])
+        level = 1 - 0.05 / max(len(compared), 1)
+        for (base, more), both in compared.items():
+            found = effect(both, base, [more], level=level)
             parts.append(found.assign(step=f"{more} against {base}", level=level))
     columns = ["model", "variant", "strata", "n", "mean", "low", "high", "p", "step", "level"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
@@ -265,7 +175,9 @@ def steps(runs: pd.DataFrame) -> pd.DataFrame:
 def depth(runs: pd.DataFrame) -> pd.DataFrame:
     """C5: what does one insertion point more add? A loss in some step confirms the claim, a gain in each refutes it.
 
-    The worst of several steps is looked at, so the intervals are Bonferroni's. A model without stacks is undecided.
+    Each means all of `STEPS`: a step that was not run may lose. The worst of several steps is looked at, so the
+    intervals are Bonferroni's; the row is that of the worst step that is shown to lose, or where none is, of the worst.
+    A model without stacks is undecided.
     """
     rows, found = [], steps(one_width(runs))
     for model in runs["model"].unique():
@@ -274,9 +186,9 @@ def depth(runs: pd.DataFrame) -> pd.DataFrame:
             nothing = (np.nan, np.nan, np.nan, np.nan, "%", "undecided", 0, "pairs of runs", 0)
             rows.append(("C5", model, "", "no runs with stacks", *nothing))
             continue
-        word = "confirmed" if bool((part["high"] < 0).any()) else "undecided"
-        word = "refuted" if bool((part["low"] > 0).all()) else word
-        worst = part.nsmallest(1, "mean").to_dict("records")[0]
+        losing, gains = part[part["high"] < 0], bool((part["low"] > 0).all()) and len(part) == len(STEPS)
+        word = "confirmed" if len(losing) else "refuted" if gains else "undecided"
+        worst = (losing if len(losing) else part).nsmallest(1, "mean").to_dict("records")[0]
         question = f"{worst['step']}, NDCG@10: the worst of {len(part)} steps"
         ours = (worst["mean"], worst["low"], worst["high"], worst["level"])
         counted = (int(worst["n"]), "pairs of runs", 2 * int(worst["n"]))

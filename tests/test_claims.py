@@ -14,6 +14,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "GCA0": {"gca": (0,)},
     "widened": {"gca": (0,), "match": "params"},
     "GCA1": {"gca": (1,)},
+    "GCA2": {"gca": (2,)},
     "GCA0+1": {"gca": (0, 1)},
     "GCA1+2": {"gca": (1, 2)},
     "GCA0+1+2": {"gca": (0, 1, 2)},
@@ -97,7 +98,7 @@ def test_other_widths_do_not_mix_in() -> None:
 def test_cosine_and_ranking_are_related_within_pair_and_point(slope: float, word: str) -> None:
     found = claims.orthogonal_is_better(study({}, slope=slope))
     assert words(found) == {word} and found["part"].tolist() == ["A", "B"]
-    rows = 3 * 3 * 5  # pairs, seeds, variants with cross-attention: a run is one row, whatever its points
+    rows = 3 * 3 * 6  # pairs, seeds, variants with cross-attention: a run is one row, whatever its points
     assert found["n"].tolist() == [rows, rows]
 
 
@@ -146,6 +147,30 @@ def test_depth_is_not_monotone_if_some_step_loses() -> None:
     assert words(claims.depth(study({**rising, "GCA0+1+2": 6.0}))) == {"undecided"}
 
 
+def test_steps_that_were_not_run_may_lose() -> None:
+    rising = study({"GCA0": 0.0, "GCA1": 1.0, "GCA0+1": 4.0, "GCA1+2": 6.0, "GCA0+1+2": 12.0})
+    assert words(claims.depth(rising[~rising["variant"].isin(["GCA2", "GCA0+1+2"])])) == {"undecided"}
+
+
+def test_the_step_that_is_shown_is_the_one_that_decides() -> None:
+    runs = study({"GCA0": 0.0, "GCA1": 0.0, "GCA0+1": -5.0})
+    few = runs[(runs["variant"] != "GCA0+1+2") & ~((runs["variant"] == "GCA1+2") & (runs["pair"] != "one"))].copy()
+    one = few["variant"] == "GCA1+2"  # lower than any in the mean, over runs too far apart to decide anything
+    for letter in "ab":
+        few.loc[one, f"test.{letter}.full.ndcg@10"] *= 0.8 + 0.4 * few.loc[one, "seed"] * (few.loc[one, "seed"] - 2)
+    found = claims.depth(few)
+    assert words(found) == {"confirmed"} and (found["high"] < 0).all() and "GCA0+1" in found["question"].item()
+    assert claims.steps(few)["mean"].min() < found["ours"].item()
+
+
+def test_a_run_whose_seed_the_smaller_stack_lacks_is_left_out() -> None:
+    runs = study({})
+    lacking = runs[~((runs["variant"].isin(["GCA0", "GCA1"])) & (runs["seed"] == 2))]
+    taken = claims.steps(lacking).set_index("step")
+    assert taken.loc["GCA0+1 against GCA0", "n"] == 6 and taken.loc["GCA0+1+2 against GCA0+1", "n"] == 9
+    assert set(claims.judge(lacking)["claim"]) == {"C1", "C2", "C3", "C4", "C5", "C6"}
+
+
 def test_a_model_without_stacks_leaves_depth_undecided() -> None:
     runs = study({"GCA0+1+2": -9.0}, models=("abxi", "cdsrnp"))
     found = claims.depth(runs[(runs["model"] == "ABXI") | ~runs["variant"].str.contains("+", regex=False)])
@@ -186,12 +211,21 @@ def test_the_short_table_holds_every_figure_once() -> None:
 
 def test_steps_that_no_run_takes_are_left_out() -> None:
     runs = study({"GCA0+1": 5.0, "GCA1+2": 5.0})
-    found = claims.depth(runs[runs["variant"] != "GCA0+1+2"])
+    runs = runs[~runs["variant"].isin(["GCA2", "GCA0+1+2"])]
+    found, taken = claims.depth(runs), claims.steps(runs)
     assert "the worst of 3 steps" in found["question"].item() and found["ours"].notna().all()
     assert found["level"].item() == pytest.approx(1 - 0.05 / 3)
-    taken = claims.steps(runs[runs["variant"] != "GCA0+1+2"])
     assert taken["step"].tolist() == ["GCA0+1 against GCA0", "GCA0+1 against GCA1", "GCA1+2 against GCA1"]
     assert not len(claims.steps(runs[runs["variant"] == "plain"]))
+
+
+def test_protocols_differ_by_the_difference_of_their_gains() -> None:
+    runs = study({"GCA0": 5.0})
+    for letter in "ab":
+        full = runs[f"test.{letter}.full.ndcg@10"]
+        runs[f"test.{letter}.s100.ndcg@10"] = full * (1 + 0.02 * (runs["variant"] == "GCA0"))  # two percent more
+    (row,) = claims.protocols_apart(runs, "plain", "GCA0", "full", "100 sampled").to_dict("records")
+    assert row["low"] < row["mean"] < row["high"] and row["mean"] == pytest.approx(2.1, abs=0.01) and row["n"] == 9
 
 
 def test_protocols_are_judged_beside_the_first() -> None:

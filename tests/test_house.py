@@ -42,7 +42,7 @@ FLOORS = [
     ["pool"],
     ["grid"],
     ["rendering", "stats", "relations", "tables", "pages", "shelf"],
-    ["verdicts"],
+    ["verdicts", "effects"],
     ["marks", "claims"],
     ["diagrams", "comparisons", "dots"],
     ["charts"],

@@ -1,0 +1,147 @@
+"""What runs show, before anything is judged: changes against a base variant, and cosines with their nulls.
+
+Functions take records named by `gcalib.tables.named` and look at those of the commonest width. Notebooks reach them
+through `gcalib.claims`, whose rules judge what they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from gcalib import stats, tables
+
+METRIC = "full.ndcg@10"
+MOST_SEEDS = 10_000  # that `seeds_needed` looks at
+PROTOCOLS = {
+    "full": "full.ndcg@10", "999 sampled": "s999.ndcg@10", "100 sampled": "s100.ndcg@10", "AUC": "full.auc",
+}  # fmt: skip
+"""What ranking is measured by, the first of them the judged one."""
+CELLS = ["pair", "point"]
+"""What comparable runs share, for C2."""
+
+
+def one_width(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the commonest width: the cosine of random directions depends on it, and ranking does too."""
+    return runs[runs["dim"] == runs["dim"].mode().iloc[0]]
+
+
+def effect(
+    runs: pd.DataFrame,
+    base: str,
+    variants: Sequence[str],
+    metric: str = METRIC,
+    level: float = 0.95,
+    variance: Literal["pooled", "own"] = "pooled",
+) -> pd.DataFrame:
+    """Change of a metric against a base variant, in percent of the base's mean, model by model.
+
+    Each pair counts alike, and so do its two domains; runs are paired by seed within a pair.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As `gcalib.stats.stratified_difference`, one row a model and variant.
+    """
+    same = one_width(runs)
+    long = tables.by_domain(same[same["variant"].isin([base, *variants])], {"value": metric})
+    # a pair on which a model has no run of the base has nothing to compare with
+    based = long[long["variant"] == base].groupby(["model", "pair"]).size().rename("runs of the base")
+    long = long.merge(based, left_on=["model", "pair"], right_index=True)
+    long = long.assign(value=tables.relative(long, "value", base, ["model", "pair", "domain"]))
+    both = long.groupby(["model", "pair", "variant", "seed"], sort=False)["value"].mean().reset_index()
+    within = {"strata": "pair", "pair_on": "seed", "between": "variant", "base": base, "by": "model"}
+    return stats.stratified_difference(both, "value", **within, level=level, variance=variance)  # type: ignore[arg-type]
+
+
+def protocols_apart(runs: pd.DataFrame, base: str, variant: str, first: str, last: str) -> pd.DataFrame:
+    """By how many points a variant's change is larger under one protocol of `PROTOCOLS` than under another, run by run.
+
+    That one protocol's interval excludes zero and another's does not is no difference between them yet: both may hold
+    the same effect, measured with less noise in one.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As of `effect`, in points of percent: the change under `last` less that under `first`.
+    """
+    same = one_width(runs)
+    same = same[same["variant"].isin([base, variant])]
+    based = same[same["variant"] == base][["model", "pair"]].drop_duplicates()
+    long = tables.by_domain(same.merge(based), {name: PROTOCOLS[name] for name in (first, last)})
+    of = {name: tables.relative(long, name, base, ["model", "pair", "domain"]) for name in (first, last)}
+    keys = ["model", "pair", "variant", "seed"]
+    moved = long.assign(moved=of[last] - of[first]).groupby(keys, sort=False)["moved"].mean().reset_index()
+    return stats.stratified_difference(
+        moved, "moved", strata="pair", pair_on="seed", between="variant", base=base, by="model"
+    )
+
+
+def seeds_needed(
+    runs: pd.DataFrame, base: str, variant: str, smallest: float, power: float = 0.8, level: float = 0.95
+) -> pd.Series:
+    """Seeds a pair with which an effect of `smallest` percent would be seen with some power, by the spread so far.
+
+    Returns
+    -------
+    pandas.Series
+        By model; nan where there is no spread to go by.
+    """
+    needed: dict[str, float] = {}
+    for row in effect(runs, base, [variant], level=level).to_dict("records"):
+        sets, each, half = row["strata"], row["n"] / row["strata"], (row["high"] - row["low"]) / 2
+        needed[row["model"]] = np.nan
+        if np.isfinite(half):
+            # of the mean over pairs, were there one seed a pair
+            spread = half / scipy_stats.t.ppf((1 + level) / 2, row["n"] - sets) * np.sqrt(each)
+            tried = np.arange(2, MOST_SEEDS)
+            quantiles = scipy_stats.t.ppf([[(1 + level) / 2], [power]], sets * (tried - 1)).sum(axis=0)
+            enough = tried[quantiles * spread / np.sqrt(tried) <= smallest]
+            needed[row["model"]] = enough[0] if len(enough) else np.inf
+    return pd.Series(needed, dtype=float)
+
+
+def alignment(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a run, domain and insertion point: the cosines and their nulls by their names, and `ndcg`.
+
+    `null_fresh_mean_abs` is nan of runs recorded before it was measured.
+    """
+    names = (
+        "cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs",
+        "null_fresh_mean_abs",
+    )  # fmt: skip
+    same = one_width(runs)
+    since = [f"test.{letter}.gca{point}.null_fresh_mean_abs" for letter in "ab" for point in (0, 1, 2)]
+    same = same.assign(**{name: np.nan for name in since if name not in same})
+    cosines = tables.by_point(same, {name: name for name in names})
+    ranking = tables.by_domain(same, {"ndcg": METRIC})[["run_id", "domain", "ndcg"]]
+    return cosines.merge(ranking, on=["run_id", "domain"])
+
+
+def first_points(runs: pd.DataFrame) -> pd.DataFrame:
+    """`alignment` with one row a run and domain: of a stack, its first insertion point."""
+    return alignment(runs).sort_values("point", kind="stable").drop_duplicates(["run_id", "domain"])
+
+
+def comparable(rows: pd.DataFrame) -> bool:
+    """Whether rows of `alignment` have two cells or more in which several runs compare: a correlation needs them."""
+    return bool((rows.groupby(CELLS).size() > 1).sum() > 1)
+
+
+def untrained(runs: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
+    """Of the excess of mean |cos(X, X′)| over random directions: what is left with an untrained module in its place.
+
+    A row a group of GCA0's runs with its default gate and heads that measured both kinds: `own`, the module set back to
+    the weights of the run's start, and `fresh`, a module drawn anew. What the first keeps and the second does not is in
+    the rest of the model, which was trained through those weights. Then `excess` itself, and `runs`.
+    """
+    rows = alignment(runs).query("point == 0 and variant == 'GCA0'").dropna(subset=["null_fresh_mean_abs"])
+    grouped = rows.groupby(list(by), sort=False)
+    means = grouped[["cos_mean_abs", "null_init_mean_abs", "null_fresh_mean_abs", "null_mean_abs"]].mean()
+    excess, own, fresh = (means.iloc[:, place] - means["null_mean_abs"] for place in range(3))
+    counted = grouped["run_id"].nunique()
+    return pd.DataFrame({"own": own / excess, "fresh": fresh / excess, "excess": excess, "runs": counted})
