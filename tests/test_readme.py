@@ -91,6 +91,13 @@ def test_the_gate_s_cosines_are_those_of_the_records(study: pd.DataFrame) -> Non
     assert f"random directions have {rows['null_mean_abs'].mean():.2f}" in README
 
 
+def test_what_an_untrained_module_keeps_is_what_the_records_say(study: pd.DataFrame) -> None:
+    kept = claims.untrained(tables.named(study))
+    shares = ", ".join(f"{row.fresh:.0%} and {row.own:.0%} ({model})" for model, row in kept.iterrows())
+    assert f"random directions, {shares} are left" in README
+    assert kept.loc["ABXI", "own"] > 0.4 and kept.loc["ABXI", "fresh"] < kept.loc["ABXI", "own"] / 2  # "much"
+
+
 def test_what_the_runs_lack_is_what_the_records_say(study: pd.DataFrame) -> None:
     texts = study[study["model"] == "llm4cdsr"][["text_items_a", "text_items_b"]]
     assert (texts.min(axis=1) == 0).all() and (texts.max(axis=1) > 0).all()
