@@ -12,7 +12,7 @@ A cosine says something only against what it would be if X' had nothing to do wi
    users share, such as a common direction of all updates, which the analytic null knows nothing about.
 3. An untrained module in the trained model: measure it with another `AlignmentMeter`. Drawn anew, it is what the
    architecture does by itself to these states. Set back to the start of the run it is no null of independence: the
-   embeddings were trained through that very draw, and have adapted to it (`gcalib.experiments` records both).
+   embeddings were trained through that very draw, and may have adapted to it (`gcalib.experiments` records both).
 
 `INVARIANT_TO` declares what each measure ignores; the tests hold it to that, in both directions.
 """

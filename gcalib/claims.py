@@ -27,10 +27,12 @@ from gcalib.effects import (
     METRIC,
     PROTOCOLS,
     alignment,
+    by_patience,
     comparable,
     effect,
     first_points,
     one_width,
+    patience_lacking,
     protocols_apart,
     seeds_needed,
     untrained,
@@ -39,9 +41,9 @@ from gcalib.verdicts import TEXTS, by_measure, figure, in_short, overall
 
 __all__ = [
     "CELLS", "COLUMNS", "MARGIN", "METRIC", "NEAR", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "by_measure",
-    "comparable", "depth", "early", "effect", "figure", "first_points", "in_short", "independent", "judge", "matched",
-    "one_width", "orthogonal_is_better", "overall", "protocols_apart", "published", "same_level", "seeds_needed",
-    "steps", "under_protocols", "untrained",
+    "by_patience", "comparable", "depth", "early", "effect", "figure", "first_points", "in_short", "independent",
+    "judge", "matched", "one_width", "orthogonal_is_better", "overall", "patience_lacking", "protocols_apart",
+    "published", "same_level", "seeds_needed", "steps", "under_protocols", "untrained",
 ]  # fmt: skip
 
 NEAR = 0.02  # a cosine no further than that from a null is said to lie at it

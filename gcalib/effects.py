@@ -6,7 +6,7 @@ through `gcalib.claims`, whose rules judge what they return.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -47,15 +47,9 @@ def effect(
     pandas.DataFrame
         As `gcalib.stats.stratified_difference`, one row a model and variant.
     """
-    same = one_width(runs)
-    long = tables.by_domain(same[same["variant"].isin([base, *variants])], {"value": metric})
-    # a pair on which a model has no run of the base has nothing to compare with
-    based = long[long["variant"] == base].groupby(["model", "pair"]).size().rename("runs of the base")
-    long = long.merge(based, left_on=["model", "pair"], right_index=True)
+    long = _by_domain(runs, base, variants, {"value": metric})
     long = long.assign(value=tables.relative(long, "value", base, ["model", "pair", "domain"]))
-    both = long.groupby(["model", "pair", "variant", "seed"], sort=False)["value"].mean().reset_index()
-    within = {"strata": "pair", "pair_on": "seed", "between": "variant", "base": base, "by": "model"}
-    return stats.stratified_difference(both, "value", **within, level=level, variance=variance)  # type: ignore[arg-type]
+    return _within_pairs(long, base, level, variance)
 
 
 def protocols_apart(runs: pd.DataFrame, base: str, variant: str, first: str, last: str) -> pd.DataFrame:
@@ -69,16 +63,50 @@ def protocols_apart(runs: pd.DataFrame, base: str, variant: str, first: str, las
     pandas.DataFrame
         As of `effect`, in points of percent: the change under `last` less that under `first`.
     """
-    same = one_width(runs)
-    same = same[same["variant"].isin([base, variant])]
-    based = same[same["variant"] == base][["model", "pair"]].drop_duplicates()
-    long = tables.by_domain(same.merge(based), {name: PROTOCOLS[name] for name in (first, last)})
+    long = _by_domain(runs, base, [variant], {name: PROTOCOLS[name] for name in (first, last)})
     of = {name: tables.relative(long, name, base, ["model", "pair", "domain"]) for name in (first, last)}
-    keys = ["model", "pair", "variant", "seed"]
-    moved = long.assign(moved=of[last] - of[first]).groupby(keys, sort=False)["moved"].mean().reset_index()
+    return _within_pairs(long.assign(value=of[last] - of[first]), base)
+
+
+def _by_domain(runs: pd.DataFrame, base: str, variants: Sequence[str], figures: Mapping[str, str]) -> pd.DataFrame:
+    """`tables.by_domain` of some variants at one width; a pair without the base has nothing to compare with."""
+    same = one_width(runs)
+    long = tables.by_domain(same[same["variant"].isin([base, *variants])], figures)
+    return long.merge(long.loc[long["variant"] == base, ["model", "pair"]].drop_duplicates())
+
+
+def _within_pairs(
+    long: pd.DataFrame, base: str, level: float = 0.95, variance: Literal["pooled", "own"] = "pooled"
+) -> pd.DataFrame:
+    """Differences of `value` from the base, mean over domains, paired by seed within each pair."""
+    both = long.groupby(["model", "pair", "variant", "seed"], sort=False)["value"].mean().reset_index()
     return stats.stratified_difference(
-        moved, "moved", strata="pair", pair_on="seed", between="variant", base=base, by="model"
-    )
+        both, "value", strata="pair", pair_on="seed", between="variant", base=base, by="model", level=level,
+        variance=variance,
+    )  # fmt: skip
+
+
+def by_patience(searched: pd.DataFrame) -> pd.DataFrame:
+    """Validation MRR, summed over both domains, of plain runs trained with several patiences.
+
+    A row a case and seed, a column a patience (`stop_patience`, ascending); rows that lack one are left out.
+    """
+    plain = searched[searched["variant"] == "plain"]
+    plain = plain.assign(mrr=plain["val.a.full.mrr"] + plain["val.b.full.mrr"])
+    table = plain.pivot_table(index=["case", "seed"], columns="stop_patience", values="mrr", sort=False)
+    return table.sort_index(axis=1).dropna()
+
+
+def patience_lacking(runs: pd.DataFrame, searched: pd.DataFrame) -> pd.Series:
+    """Percent of validation MRR that the longest patience of `by_patience` adds, of cases that run with a shorter one.
+
+    By case, in the order of `runs`, mean over seeds; a case to which it adds less than half a percent is left out.
+    """
+    table = by_patience(searched)
+    added = (100 * (table.iloc[:, -1] / table.iloc[:, 0] - 1)).groupby("case").mean()
+    used = runs.groupby("case", sort=False)["stop_patience"].max()
+    shorter = [case for case in used.index[used < table.columns[-1]] if case in added and added[case] >= 0.5]
+    return added[shorter]
 
 
 def seeds_needed(

@@ -51,14 +51,15 @@ def evaluate(
     example[parts.users, owner] = np.arange(len(parts))
     ranks = {name: np.zeros(len(parts)) for name in ("full", *sampled)}
     meters: dict[str, AlignmentMeter] = {}
-    scorers = [model.scorer(domain) for domain in (0, 1)] if protocols else []
+    ranked = (0, 1) if protocols else ()
+    scorers = [model.scorer(domain) for domain in ranked]
     was_training = model.training
     model.eval()
     with tapping(model) as taps:
         for users in length_batches(parts.lengths, EVAL_USERS, None):
             histories = [parts.history(user) for user in users]
             states = model(_evaluation_batch(model, histories, pair.has_clock).to(device))
-            for domain in (0, 1) if protocols else ():
+            for domain in ranked:
                 places = np.flatnonzero(example[users, domain] >= 0)
                 asked = example[users[places], domain]
                 if len(asked) == 0:
@@ -86,8 +87,8 @@ def evaluate(
     groups = {"seen": known}
     if not pair.in_both.all():
         groups |= {"both": pair.in_both[parts.users], "single": ~pair.in_both[parts.users]}
-    for domain, letter in enumerate("ab") if protocols else ():
-        mine = owner == domain
+    for domain in ranked:
+        letter, mine = "ab"[domain], owner == domain
         for name in ranks:
             size = full_size if name == "full" else np.full(len(parts), 1 + SAMPLED[name])
             _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]) if mine.any() else {})

@@ -17,7 +17,7 @@ import torch
 from gcalib.attention import GatedCrossAttention
 from gcalib.config import RunConfig, run_id
 from gcalib.data.errors import NoDataError
-from gcalib.data.pair import DataError, Pair, SplitName
+from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import at_hand, load_pair
 from gcalib.evaluation import evaluate
 from gcalib.models import Recommender, build_model, matched
@@ -110,10 +110,9 @@ def _compute(
     model = done.model
     figures: dict[str, float] = {}
     for split in ("val", "test"):
-        found = evaluate(model, pair, split)
-        if trained.gca:
-            found |= _untrained_cosines(model, trained, pair, split)
-        figures |= {f"{split}.{key}": value for key, value in found.items()}
+        figures |= {f"{split}.{key}": value for key, value in evaluate(model, pair, split).items()}
+    if trained.gca:
+        figures |= _untrained_cosines(model, trained, pair)
     record = {
         "run_id": name,
         **config.model_dump(),
@@ -137,36 +136,35 @@ def _compute(
     return {**record, "gca": list(config.gca)}, done.curves
 
 
-def _untrained_cosines(model: Recommender, config: RunConfig, pair: Pair, split: SplitName) -> dict[str, float]:
+def _untrained_cosines(model: Recommender, config: RunConfig, pair: Pair) -> dict[str, float]:
     """Mean |cos(X, X')| of the trained model with its cross-attention untrained: the third null, in two forms.
 
     `null_init_mean_abs` sets the modules back to the start of the run, through which the rest was trained and to which
-    it has adapted: this is a level to compare with, not one of independence. `null_fresh_mean_abs` draws them anew,
-    from seeds that the run has not seen, and is the mean over `FRESH` draws.
+    it may have adapted: this is a level to compare with, not one of independence. `null_fresh_mean_abs` draws them
+    anew, from seeds that the run has not seen, and is the mean over `FRESH` draws.
     """
-
-    def cosines(seed: int) -> dict[str, float]:
-        untrained = _with_untrained_gca(model, config, pair, seed)
-        found = evaluate(untrained, pair, split, protocols=())  # measured, not ranked
-        return {key: value for key, value in found.items() if key.endswith(".cos_mean_abs")}
-
-    own, *fresh = (cosines(seed) for seed in range(config.seed, config.seed + FRESH + 1))
-    figures = {key.replace("cos_mean_abs", "null_init_mean_abs"): value for key, value in own.items()}
-    for key in own:
-        figures[key.replace("cos_mean_abs", "null_fresh_mean_abs")] = sum(one[key] for one in fresh) / FRESH
+    figures: dict[str, float] = {}
+    mixed = copy.deepcopy(model)
+    for seed in range(config.seed, config.seed + FRESH + 1):
+        measure, draws = ("null_init_mean_abs", 1) if seed == config.seed else ("null_fresh_mean_abs", FRESH)
+        _untrain(mixed, config, pair, seed)
+        for split in ("val", "test"):
+            for key, value in evaluate(mixed, pair, split, protocols=()).items():  # measured, not ranked
+                point, _, name = key.rpartition(".")
+                if name == "cos_mean_abs":
+                    column = f"{split}.{point}.{measure}"
+                    figures[column] = figures.get(column, 0.0) + value / draws
     return figures
 
 
-def _with_untrained_gca(model: Recommender, config: RunConfig, pair: Pair, seed: int) -> Recommender:
-    """The trained model with every cross-attention as it is before training under that seed."""
+def _untrain(model: Recommender, config: RunConfig, pair: Pair, seed: int) -> None:
+    """Give every cross-attention of a model the weights that it has before training under a seed, in place."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = dict(build_model(config, pair).named_modules())
-    mixed = copy.deepcopy(model)
-    for name, module in mixed.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, GatedCrossAttention):
             module.load_state_dict(untrained[name].state_dict())
-    return mixed
 
 
 def _code_version() -> str:

@@ -228,6 +228,18 @@ def test_protocols_differ_by_the_difference_of_their_gains() -> None:
     assert row["low"] < row["mean"] < row["high"] and row["mean"] == pytest.approx(2.1, abs=0.01) and row["n"] == 9
 
 
+def test_patience_is_lacking_where_a_longer_one_served_better() -> None:
+    rows = [("m · one", 0, 15, 0.10), ("m · one", 0, 40, 0.12), ("m · two", 0, 15, 0.10), ("m · two", 0, 40, 0.10),
+            ("m · three", 0, 15, 0.10), ("m · three", 0, 40, 0.13), ("m · four", 0, 15, 0.10)]  # fmt: skip
+    searched = pd.DataFrame(rows, columns=["case", "seed", "stop_patience", "val.a.full.mrr"])
+    searched = searched.assign(**{"val.b.full.mrr": 0.0, "variant": "plain"})
+    table = claims.by_patience(searched)
+    assert table.columns.tolist() == [15, 40] and len(table) == 3  # the fourth has one patience only
+    runs = pd.DataFrame({"case": ["m · one", "m · two", "m · three"], "stop_patience": [15, 15, 40]})
+    lacking = claims.patience_lacking(runs, searched)
+    assert lacking.index.tolist() == ["m · one"] and lacking.item() == pytest.approx(20)
+
+
 def test_protocols_are_judged_beside_the_first() -> None:
     runs = study({"GCA0": 5.0})
     sampled = {f"test.{letter}.s100.ndcg@10": runs[f"test.{letter}.full.ndcg@10"] for letter in "ab"}
