@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from gcalib.marks import base_of, check, facet, titled
-from gcalib.rendering import COLOURS, GREY
+from gcalib.rendering import COLOURS, GREY, INK
 
 BAND = "#f2e9d0"  # a level that somebody published
 EPOCHS = 30  # of a curve among many
@@ -30,7 +30,14 @@ def _bounded(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def metric_with_intervals(
-    frame: pd.DataFrame, *, metric: str, title: str, subtitle: str = "", variant: str = "variant", columns: int = 0
+    frame: pd.DataFrame,
+    *,
+    metric: str,
+    title: str,
+    subtitle: str = "",
+    variant: str = "variant",
+    columns: int = 0,
+    runs: pd.DataFrame | None = None,
 ) -> alt.FacetChart:
     """Means as dots with their intervals, a row a variant, a panel a domain with an axis of its own.
 
@@ -43,13 +50,24 @@ def metric_with_intervals(
         What the numbers are, for the axis, such as "NDCG@10, full ranking".
     columns
         Panels side by side; by default all.
+    runs
+        The single runs behind the means, as small ticks: the column named by `variant`, `domain`, `value`.
     """
     check(frame, variant, "domain", "mean", "low", "high")
     axis: dict[str, Any] = {"title": metric, "scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
-    base = base_of(_bounded(frame), width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
+    table = _bounded(frame)
+    if runs is not None:
+        check(runs, variant, "domain", "value")
+        # One source of data: a run's row draws its mean again, without a bar.
+        means = frame[[variant, "domain", "mean"]]
+        single = runs[[variant, "domain", "value"]].merge(means, on=[variant, "domain"])
+        table = pd.concat([table.assign(value=table["mean"]), single.assign(low=single["mean"], high=single["mean"])])
+    base = base_of(table, width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
     bars = base.mark_rule(strokeWidth=2.5, color=GREY)
     dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))
-    panels = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q")) + dots
+    ticks = base.mark_tick(color=INK, thickness=1.5, size=14, opacity=1).encode(alt.X("value:Q", **axis))
+    spans = bars.encode(alt.X("low:Q", **axis), alt.X2("high:Q"))
+    panels = spans + dots if runs is None else spans + ticks + dots
     faceted = facet(panels, "domain", frame["domain"].unique(), columns)
     return titled(faceted.resolve_scale(x="independent"), title, subtitle)
 

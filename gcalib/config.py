@@ -26,6 +26,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "domain_rank": ("abxi",),
     "invariant_rank": ("abxi",),
     "negative_groups": ("abxi", "cdsrnp", "sasrec", "sasrec-mixed"),
+    "own_negatives": ("abxi", *TRANSFORMERS),
     "as_published": ("abxi", "llm4cdsr"),
     "layers": TRANSFORMERS,
     "objective": TRANSFORMERS,
@@ -122,6 +123,9 @@ class RunConfig(BaseModel):
     negative_groups: int = Field(
         1, ge=1, description="parts of a batch that have negatives of their own; the products stay the same"
     )
+    own_negatives: bool = Field(
+        True, description="whether other items of the user's training history may be negatives, as chance has it"
+    )
     temperature: float = Field(0.75, gt=0.0)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products in autocast")
     seed: int = Field(0, ge=0)
@@ -161,6 +165,8 @@ class RunConfig(BaseModel):
     def canonical(self) -> RunConfig:
         """The same run with fields that have no effect at their defaults: a baseline has no gate, nor heads of one."""
         idle: tuple[str, ...] = () if self.match else ("match_axis",)
+        if (self.model, self.objective) == ("llm4cdsr", "published"):
+            idle += ("own_negatives",)  # that loss draws a negative for each target, new to the user anyway
         if not self.gca or self.match:  # a matched twin has none, and neither field changes the size it is given
             idle += ("gate", "heads")
         defaults = {name: type(self).model_fields[name].default for name in idle}

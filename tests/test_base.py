@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from gcalib.config import RunConfig
+from gcalib.data.batches import make_batch
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.models import build_model
-from gcalib.models.base import shared_logits
+from gcalib.models.base import items_of_users, shared_logits
 from gcalib.training import Trainer
 
 
@@ -27,6 +29,59 @@ def test_each_part_of_a_batch_is_scored_against_its_own_negatives() -> None:
         assert torch.allclose(negative[query], wanted, rtol=0, atol=1e-12)
         assert torch.isclose(positive[query], table[query] @ states[query], rtol=0, atol=1e-12)
     assert int(torch.isinf(negative).sum()) == 3  # 3 in its own part, 4 and 10 in theirs; 9, 8 and 0 in others'
+
+
+def test_spared_items_are_no_negatives_of_their_query_and_stay_those_of_others() -> None:
+    rng = torch.Generator().manual_seed(0)
+    table = torch.randn(30, 5, generator=rng, dtype=torch.float64)
+    states = torch.randn(3, 5, generator=rng, dtype=torch.float64)
+    targets, negatives = torch.tensor([1, 2, 3]), torch.tensor([[7, 2, 9], [3, 7, 5]])
+    spared = torch.tensor([[9, 7], [0, 0], [5, 5]])  # queries 0 and 1 have the first row of negatives
+    _, negative = shared_logits(states, targets, table[targets], negatives, table[negatives], spared)
+    gone = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
+    assert torch.equal(torch.isinf(negative), gone)
+    scores = torch.stack([table[negatives[row]] @ states[query] for query, row in enumerate((0, 0, 1))])
+    assert torch.allclose(negative[~gone], scores[~gone], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_items_of_users_are_all_of_their_training_sequences(clock: bool) -> None:
+    sequences = [np.array([3, 12, 4, 3, 15]), np.array([11, 1, 2, 13])]
+    batch = make_batch(sequences, 10, window=47, training=True, clock=clock)
+    rows = items_of_users(batch)
+    assert [set(row[row > 0].tolist()) for row in rows] == [set(sequence.tolist()) for sequence in sequences]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("abxi", {}), ("abxi", {"negative_groups": 3}), ("cdsrnp", {"latent": 0, "objective": "infonce"}),
+        ("sasrec", {}), ("sasrec", {"objective": "infonce"}), ("sasrec-mixed", {"objective": "infonce"}),
+        ("llm4cdsr", {"objective": "infonce", "text": "hashed-words"}),
+    ],
+)  # fmt: skip
+def test_without_own_negatives_the_loss_is_that_of_the_other_negatives(name: str, extra: dict[str, object]) -> None:
+    """All items of one user among the negatives, or none of them: the same loss; otherwise they raise it."""
+    pair = synthetic_pair(num_users=60, num_items=(80, 90))
+    config = RunConfig(pair="synthetic", model=name, dim=8, dropout=0.0, **extra)
+    batch = Trainer(config, pair, torch.device("cpu")).batch(np.arange(1))
+    theirs = items_of_users(batch)[0].unique()
+    others = torch.tensor(sorted(set(range(1, 171)) - set(theirs.tolist())))
+    first = others[:0] if name != "llm4cdsr" else torch.zeros(2, dtype=torch.int64)  # its contrast has items of its own
+
+    def losses(own_negatives: bool, negatives: Tensor) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = build_model(config.but(own_negatives=own_negatives), pair).train()
+        with torch.no_grad():
+            model.item.weight.mul_(20.0)  # at the start all scores are next to zero, and so are differences
+        drawn = torch.cat([first, negatives])
+        return model.loss(batch, drawn.expand(config.negative_groups, -1) if config.negative_groups > 1 else drawn)
+
+    everything = torch.cat([others, theirs]).sort().values
+    spared, wanted, raised = losses(False, everything), losses(True, others), losses(True, everything)
+    for domain in "ab":
+        assert torch.isclose(spared[domain], wanted[domain], rtol=1e-5)
+        assert raised[domain] > wanted[domain] * 1.0001
 
 
 @pytest.mark.parametrize("name", ["abxi", "cdsrnp", "sasrec", "sasrec-mixed"])

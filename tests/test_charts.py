@@ -66,7 +66,10 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
         "lengths": charts.lengths(pd.DataFrame(long)),
         "popularity": charts.popularity(pd.DataFrame(items)),
         "tie_share": charts.tie_share(pd.DataFrame(ties, columns=["pair", "what", "share"])),
-        "metric_with_intervals": charts.metric_with_intervals(pd.DataFrame(intervals), metric="NDCG@10", title="T"),
+        "metric_with_intervals": charts.metric_with_intervals(
+            pd.DataFrame(intervals), metric="NDCG@10", title="T",
+            runs=pd.DataFrame([{"variant": "plain", "domain": d, "value": v} for d in DOMAINS for v in (0.097, 0.103)]),
+        ),
         "gate_histogram": charts.gate_histogram(pd.DataFrame({"domain": DOMAINS, "gate": list(rng.random((2, 400)))})),
         "attention_map": charts.attention_map(pd.DataFrame(attention, columns=["head", "query", "key", "weight"])),
         "cost": charts.cost(

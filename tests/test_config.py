@@ -63,6 +63,8 @@ def test_but_changes_fields_and_checks_them_again() -> None:
 def test_a_baseline_s_cross_attention_fields_do_not_count() -> None:
     assert config(gate="tanh", heads=8).canonical() == config()
     assert config(dim=6, heads=5).canonical() == config(dim=6)
+    assert config(model="llm4cdsr", own_negatives=False).canonical() == config(model="llm4cdsr")
+    assert not config(model="llm4cdsr", objective="infonce", own_negatives=False).canonical().own_negatives
     with_gca = config(gca=(0,), gate="tanh", heads=8)
     assert with_gca.canonical() == with_gca
 

@@ -12,7 +12,8 @@ What may attend to what is told in `gcalib.models.crossing`.
 
 Ours and official: with `as_published` the model repeats the official code to rounding (positions counted within each
 stream, attention not masked at pads). Without it, positions count in the mixed sequence and pads are invisible. Both
-are trained against negatives shared by the batch, where the official code draws a set for each position.
+are trained against negatives shared by the batch, where the official code draws a set for each position, none of them
+an item of the user's training history (here `own_negatives=False` spares those).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
 from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU
-from gcalib.models.base import Recommender, info_nce, mean_per_user, shared_logits
+from gcalib.models.base import Recommender, info_nce, items_of_users, mean_per_user, shared_logits
 from gcalib.models.crossing import Crossings, of_queries, touched, untouched
 from gcalib.packing import spread_rows, take_rows
 
@@ -50,6 +51,7 @@ class ABXI(Recommender):
         self.as_published = config.as_published
         self.num_negatives = config.negatives
         self.negative_groups = config.negative_groups
+        self.own_negatives = config.own_negatives
         self.temperature = config.temperature
         self.gca_points = config.gca
         self.reads_tails = bool({0, 1} & set(config.gca))
@@ -137,9 +139,13 @@ class ABXI(Recommender):
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users."""
         vectors = self.item(negatives)
+        known = None if self.own_negatives else items_of_users(batch)
         losses = {}
         for domain, state, queries in zip("ab", self(batch), batch.queries, strict=True):
-            positive, negative = shared_logits(state, queries.targets, self.item(queries.targets), negatives, vectors)
+            spared = None if known is None else known[queries.sequence]
+            positive, negative = shared_logits(
+                state, queries.targets, self.item(queries.targets), negatives, vectors, spared
+            )
             weight = mean_per_user(queries.sequence, batch.size)
             losses[domain] = info_nce(positive / self.temperature, negative / self.temperature, weight)
         return losses

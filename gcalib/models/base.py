@@ -132,11 +132,13 @@ def shared_logits(
     target_vectors: Float[Tensor, "queries dim"],
     negatives: Int[Tensor, "*groups negatives"],
     negative_vectors: Float[Tensor, "*groups negatives dim"],
+    spared: Int[Tensor, "queries items"] | None = None,
 ) -> tuple[Float[Tensor, " queries"], Float[Tensor, "queries negatives"]]:
     """Scores of each query's target and of negatives shared by all queries, as one matrix product.
 
     With groups, the queries are cut into as many parts of equal length, and each part has the negatives of its row. A
-    target drawn as a negative is no negative of its own query: its score there is minus infinity.
+    target drawn as a negative is no negative of its own query: its score there is minus infinity. So it is with the
+    items that `spared` lists for the query, such as `items_of_users` (0 is none).
     """
     positive = (states * target_vectors).sum(dim=1)
     if not negatives.numel():
@@ -150,11 +152,25 @@ def shared_logits(
     negative = (parted @ negative_vectors.transpose(-1, -2)).to(positive.dtype)
     negative = negative.view(groups * size, count)[: len(states)]
     ordered, place = negatives.view(groups, count).sort()
-    wanted = F.pad(targets, (0, spare)).view(groups, size)
+    apart = targets.unsqueeze(1) if spared is None else torch.cat([targets.unsqueeze(1), spared], dim=1)
+    wanted = F.pad(apart, (0, 0, 0, spare)).view(groups, -1)
     found = torch.searchsorted(ordered, wanted).clamp_(max=count - 1)
-    hit = (ordered.gather(1, found) == wanted).view(-1)[: len(states)].nonzero().squeeze(1)
+    hit = (ordered.gather(1, found) == wanted).view(-1)[: apart.numel()].nonzero().squeeze(1)
     column = place.gather(1, found).view(-1)[hit]
-    return positive, negative.index_put((hit, column), negative.new_tensor(float("-inf")))
+    return positive, negative.index_put((hit // apart.size(1), column), negative.new_tensor(float("-inf")))
+
+
+def items_of_users(batch: Batch) -> Int[Tensor, "users items"]:
+    """Ids of all items in each user's training sequence, in either domain; 0 fills the rest of a row."""
+    streams = (batch.mixed,) if len(batch.mixed.items) else batch.own  # without a common clock no stream is mixed
+    held = [(s.sequence, s.items) for s in streams] + [(query.sequence, query.targets) for query in batch.queries]
+    owner, items = (torch.cat(parts) for parts in zip(*held, strict=True))
+    owner, order = owner.sort(stable=True)
+    counts = owner.bincount(minlength=batch.size)
+    column = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+    rows = items.new_zeros(batch.size, int(counts.max()))
+    rows[owner, column] = items[order]
+    return rows
 
 
 def info_nce(
@@ -225,16 +241,20 @@ def next_item_losses(
     num_items_a: int,
     objective: str,
     temperature: float,
+    own_negatives: bool = True,
 ) -> dict[str, Tensor]:
     """Losses `"a"` and `"b"` of states against the negatives of their own domain, as `objective` says.
 
-    Binary cross-entropy (`"published"`) or InfoNCE, averaged over a user's targets first, then over users.
+    Binary cross-entropy (`"published"`) or InfoNCE, averaged over a user's targets first, then over users. Without
+    `own_negatives` no other item of the user is a negative.
     """
     losses = {}
+    known = None if own_negatives else items_of_users(batch)
     for number, (state, queries) in enumerate(zip(states, batch.queries, strict=True)):
         # every group has as many of a domain as the next
         mine = negatives[(negatives > num_items_a) == bool(number)].view(*negatives.shape[:-1], -1)
-        positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine))
+        spared = None if known is None else known[queries.sequence]
+        positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine), spared)
         weight = mean_per_user(queries.sequence, batch.size)
         if objective == "infonce":
             losses["ab"[number]] = info_nce(positive / temperature, negative / temperature, weight)

@@ -101,6 +101,7 @@ class CDSRNP(Recommender):
         self.window = config.max_length - 3
         self.num_negatives = config.negatives
         self.negative_groups = config.negative_groups
+        self.own_negatives = config.own_negatives
         self.temperature = config.temperature
         self.objective = config.objective
         self.kl_weight = config.kl_weight
@@ -194,6 +195,7 @@ class CDSRNP(Recommender):
         return losses | next_item_losses(
             self.answer(batch, self.decode(batch, rows, z)), batch, negatives, self.item,
             num_items_a=self.num_items[0], objective=self.objective, temperature=self.temperature,
+            own_negatives=self.own_negatives,
         )  # fmt: skip
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:

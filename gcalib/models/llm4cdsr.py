@@ -57,6 +57,7 @@ from gcalib.models.base import (
     draw_negatives,
     draw_new_to_users,
     info_nce,
+    items_of_users,
     mean_per_user,
     shared_logits,
     soft_contrast,
@@ -92,7 +93,7 @@ class LLM4CDSR(Recommender):
         self.as_published = config.as_published
         self.num_negatives = config.negatives
         self.temperature = config.temperature
-        self.objective = config.objective
+        self.objective, self.own_negatives = config.objective, config.own_negatives
         self.alpha, self.beta = config.alpha, config.beta
         self.gca_points = config.gca
         self.reads_tails = bool({0, 1} & set(config.gca))
@@ -219,13 +220,15 @@ class LLM4CDSR(Recommender):
 
         mixed, *own = self._states(batch, rows)
         losses = {}
+        known = None if self.own_negatives else items_of_users(batch)
         for domain, (query, h, m) in enumerate(zip(batch.queries, own, (target_a, target_b), strict=True)):
             state = self._joined(mixed, h, query)
             target = torch.cat([m, self.item(query.targets)], dim=1)
             mine = torch.nonzero(in_b == bool(domain)).squeeze(1)
             of_mine = take_rows(candidates, mine)
             if self.objective == "infonce":
-                positive, negative = shared_logits(state, query.targets, target, sampled[mine], of_mine)
+                spared = None if known is None else known[query.sequence]
+                positive, negative = shared_logits(state, query.targets, target, sampled[mine], of_mine, spared)
                 weight = mean_per_user(query.sequence, batch.size)
                 losses["ab"[domain]] = info_nce(positive / self.temperature, negative / self.temperature, weight)
             else:

@@ -40,6 +40,7 @@ class _SASRec(Recommender):
         self.window = config.max_length - 3
         self.num_negatives = config.negatives
         self.negative_groups = config.negative_groups
+        self.own_negatives = config.own_negatives
         self.temperature = config.temperature
         self.objective = config.objective
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
@@ -64,7 +65,7 @@ class _SASRec(Recommender):
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         return next_item_losses(
             self(batch), batch, negatives, self.item, num_items_a=self.num_items[0], objective=self.objective,
-            temperature=self.temperature,
+            temperature=self.temperature, own_negatives=self.own_negatives,
         )  # fmt: skip
 
 
