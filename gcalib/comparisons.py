@@ -58,10 +58,12 @@ def metric_with_intervals(
     table = _bounded(frame)
     if runs is not None:
         check(runs, variant, "domain", "value")
-        # One source of data: a run's row draws its mean again, without a bar.
+        # One source of data: a run's row draws its mean again, without a bar, and the row of a mean has no tick.
         means = frame[[variant, "domain", "mean"]]
-        single = runs[[variant, "domain", "value"]].merge(means, on=[variant, "domain"])
-        table = pd.concat([table.assign(value=table["mean"]), single.assign(low=single["mean"], high=single["mean"])])
+        single = runs[[variant, "domain", "value"]].merge(means, how="left", on=[variant, "domain"])
+        if (lost := single["mean"].isna()).any():
+            raise ValueError(f"runs of {sorted(set(single.loc[lost, variant]))} have no mean in frame.")
+        table = pd.concat([table, single.assign(low=single["mean"], high=single["mean"])])
     base = base_of(table, width=270, height=alt.Step(30)).encode(alt.Y(f"{variant}:N", title=None, sort=None))
     bars = base.mark_rule(strokeWidth=2.5, color=GREY)
     dots = base.mark_point(color=COLOURS[0], opacity=1, size=80).encode(alt.X("mean:Q", **axis))

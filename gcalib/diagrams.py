@@ -87,7 +87,7 @@ DIAGRAMS: dict[str, tuple[str, list[Box]]] = {
             Box("items of A + positions", 1, 2, 1),
             Box("items of B + positions", 2, 3, 1),
             _crossing(0, 2),
-            Box("the same encoders of A and B", 0, 1, 3),
+            Box("same encoders, GCA0 and GCA1", 0, 1, 3),
             Box("self-attention, A", 1, 2, 3),
             Box("self-attention, B", 2, 3, 3),
             Box("triples [state A ; state B ; target]", 0, 1, 4),
@@ -140,7 +140,7 @@ def diagram(model: str) -> Any:
         alt.Y("y2:Q", axis=None, scale=upward)
     )
     # large letters need no more, and a notebook shows several of these
-    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta={"scale": 1.1})
+    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta={"scale": 1})
     return chart.properties(title=alt.TitleParams(title, subtitle="From the input, below, to the scores"))
 
 

@@ -60,28 +60,30 @@ def test_items_of_users_are_all_of_their_training_sequences(clock: bool) -> None
         ("llm4cdsr", {"objective": "infonce", "text": "hashed-words"}),
     ],
 )  # fmt: skip
-def test_without_own_negatives_the_loss_is_that_of_the_other_negatives(name: str, extra: dict[str, object]) -> None:
-    """All items of one user among the negatives, or none of them: the same loss; otherwise they raise it."""
+def test_without_own_negatives_each_user_is_spared_their_own_items(name: str, extra: dict[str, object]) -> None:
+    """Items of the first user among the negatives: spared to that user, negatives of the second."""
     pair = synthetic_pair(num_users=60, num_items=(80, 90))
     config = RunConfig(pair="synthetic", model=name, dim=8, dropout=0.0, **extra)
-    batch = Trainer(config, pair, torch.device("cpu")).batch(np.arange(1))
-    theirs = items_of_users(batch)[0].unique()
-    others = torch.tensor(sorted(set(range(1, 171)) - set(theirs.tolist())))
-    first = others[:0] if name != "llm4cdsr" else torch.zeros(2, dtype=torch.int64)  # its contrast has items of its own
+    trainer = Trainer(config, pair, torch.device("cpu"))
+    first, second = (set(row[row > 0].tolist()) for row in items_of_users(trainer.batch(np.arange(2))))
+    others = set(range(1, 171)) - first - second
 
-    def losses(own_negatives: bool, negatives: Tensor) -> dict[str, Tensor]:
+    def losses(users: list[int], negatives: set[int], own_negatives: bool = True) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = build_model(config.but(own_negatives=own_negatives), pair).train()
         with torch.no_grad():
             model.item.weight.mul_(20.0)  # at the start all scores are next to zero, and so are differences
-        drawn = torch.cat([first, negatives])
-        return model.loss(batch, drawn.expand(config.negative_groups, -1) if config.negative_groups > 1 else drawn)
+        # LLM4CDSR's contrast has two items a user in front
+        drawn = torch.tensor([0] * (2 * len(users) if name == "llm4cdsr" else 0) + sorted(negatives))
+        drawn = drawn.expand(config.negative_groups, -1) if config.negative_groups > 1 else drawn
+        return model.loss(trainer.batch(np.array(users)), drawn)
 
-    everything = torch.cat([others, theirs]).sort().values
-    spared, wanted, raised = losses(False, everything), losses(True, others), losses(True, everything)
+    given = others | first
+    together, unspared = losses([0, 1], given, own_negatives=False), losses([0, 1], given)
+    of_first, of_second = losses([0], others), losses([1], given - second)
     for domain in "ab":
-        assert torch.isclose(spared[domain], wanted[domain], rtol=1e-5)
-        assert raised[domain] > wanted[domain] * 1.0001
+        assert torch.isclose(together[domain], (of_first[domain] + of_second[domain]) / 2, rtol=1e-5)
+        assert not torch.isclose(together[domain], unspared[domain], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["abxi", "cdsrnp", "sasrec", "sasrec-mixed"])
@@ -110,5 +112,6 @@ def test_groups_without_a_query_have_no_logits() -> None:
     table = torch.randn(30, 8)
     negatives = torch.randint(1, 30, (4, 6))
     nothing = torch.zeros(0, dtype=torch.int64)
-    positive, negative = shared_logits(table[nothing], nothing, table[nothing], negatives, table[negatives])
-    assert positive.shape == (0,) and negative.shape == (0, 6)
+    for spared in (None, torch.zeros(0, 5, dtype=torch.int64)):
+        scored = shared_logits(table[nothing], nothing, table[nothing], negatives, table[negatives], spared)
+        assert [part.shape for part in scored] == [(0,), (0, 6)]

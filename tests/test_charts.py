@@ -138,6 +138,15 @@ def test_every_figure_of_the_module_is_tried_here():
     assert set(EVERYONE) == set(charts.__all__) - {"enable"}
 
 
+def test_a_tick_is_a_run_and_a_run_has_a_mean():
+    means = pd.DataFrame({"variant": ["m", "n"], "domain": "A", "mean": [2.0, 5.0], "low": np.nan, "high": np.nan})
+    runs = pd.DataFrame({"variant": "m", "domain": "A", "value": [1.0, 3.0]})
+    (data,) = charts.metric_with_intervals(means, metric="M", title="T", runs=runs).to_dict()["datasets"].values()
+    assert [row["value"] for row in data if row["value"] is not None] == [1.0, 3.0]
+    with pytest.raises(ValueError, match=r"runs of \['m'\] have no mean"):
+        charts.metric_with_intervals(means[1:], metric="M", title="T", runs=runs)
+
+
 @pytest.mark.parametrize("name", EVERYONE)
 def test_figure_has_titles_and_is_small(name):
     chart = EVERYONE[name]

@@ -12,8 +12,9 @@ What may attend to what is told in `gcalib.models.crossing`.
 
 Ours and official: with `as_published` the model repeats the official code to rounding (positions counted within each
 stream, attention not masked at pads). Without it, positions count in the mixed sequence and pads are invisible. Both
-are trained against negatives shared by the batch, where the official code draws a set for each position, none of them
-an item of the user's training history (here `own_negatives=False` spares those).
+are trained against negatives shared by the batch, where the official code draws a set for each position and leaves out
+the items of the user's training history (here `own_negatives=False` does), but for A's last item, which its pool of B's
+negatives holds, too.
 """
 
 from __future__ import annotations

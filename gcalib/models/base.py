@@ -138,7 +138,8 @@ def shared_logits(
 
     With groups, the queries are cut into as many parts of equal length, and each part has the negatives of its row. A
     target drawn as a negative is no negative of its own query: its score there is minus infinity. So it is with the
-    items that `spared` lists for the query, such as `items_of_users` (0 is none).
+    items that `spared` lists for the query, such as `items_of_users` (0 is none). A row of negatives may name an item
+    once only.
     """
     positive = (states * target_vectors).sum(dim=1)
     if not negatives.numel():
@@ -161,9 +162,12 @@ def shared_logits(
 
 
 def items_of_users(batch: Batch) -> Int[Tensor, "users items"]:
-    """Ids of all items in each user's training sequence, in either domain; 0 fills the rest of a row."""
-    streams = (batch.mixed,) if len(batch.mixed.items) else batch.own  # without a common clock no stream is mixed
-    held = [(s.sequence, s.items) for s in streams] + [(query.sequence, query.targets) for query in batch.queries]
+    """Ids of the items in each user's training sequence as the batch has it, in either domain; 0 fills up a row."""
+    if len(batch.mixed.items):  # it holds all but the newest event, which is a target
+        held = [(batch.mixed.sequence, batch.mixed.items)]
+        held += [(query.sequence[query.last], query.targets[query.last]) for query in batch.queries]
+    else:  # without a common clock; an item may be listed twice
+        held = [(s.sequence, s.items) for s in batch.own] + [(q.sequence, q.targets) for q in batch.queries]
     owner, items = (torch.cat(parts) for parts in zip(*held, strict=True))
     owner, order = owner.sort(stable=True)
     counts = owner.bincount(minlength=batch.size)
@@ -192,7 +196,7 @@ def binary_cross_entropy(
 
     Theirs has one negative a target; here there may be many, which are averaged.
 
-    A negative at minus infinity (a target drawn as its own negative) counts nothing.
+    A negative at minus infinity (a target drawn as its own negative, a spared item) counts nothing.
     """
     real: Bool[Tensor, "queries negatives"] = torch.isfinite(negative)
     wrong = F.softplus(negative).sum(dim=1) / real.sum(dim=1).clamp(min=1)
