@@ -1,6 +1,7 @@
 """One thread for every test: processes that each take all cores spend their time waiting for each other."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
@@ -8,3 +9,7 @@ os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 import torch  # noqa: E402 - the thread count must be set first
 
 torch.set_num_threads(1)
+
+# What a script starts in the background is told to ignore Ctrl-C, and would tell every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
