@@ -1,4 +1,4 @@
-"""One thread for every test: processes that each take all cores spend their time waiting for each other."""
+"""What holds for every test: one thread, as processes that each take all cores wait for each other; Ctrl-C is heard."""
 
 import os
 import signal

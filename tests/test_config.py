@@ -60,11 +60,14 @@ def test_but_changes_fields_and_checks_them_again() -> None:
         config().but(sead=1)
 
 
+def test_where_negatives_are_new_to_the_user_anyway_own_ones_do_not_count() -> None:
+    assert config(model="llm4cdsr", own_negatives=False).canonical() == config(model="llm4cdsr")
+    assert not config(model="llm4cdsr", objective="infonce", own_negatives=False).canonical().own_negatives
+
+
 def test_a_baseline_s_cross_attention_fields_do_not_count() -> None:
     assert config(gate="tanh", heads=8).canonical() == config()
     assert config(dim=6, heads=5).canonical() == config(dim=6)
-    assert config(model="llm4cdsr", own_negatives=False).canonical() == config(model="llm4cdsr")
-    assert not config(model="llm4cdsr", objective="infonce", own_negatives=False).canonical().own_negatives
     with_gca = config(gca=(0,), gate="tanh", heads=8)
     assert with_gca.canonical() == with_gca
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
 from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU
-from gcalib.models.base import Recommender, info_nce, items_of_users, mean_per_user, shared_logits
+from gcalib.models.base import Recommender, info_nce, mean_per_user, shared_logits
 from gcalib.models.crossing import Crossings, of_queries, touched, untouched
 from gcalib.packing import spread_rows, take_rows
 
@@ -140,10 +140,8 @@ class ABXI(Recommender):
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users."""
         vectors = self.item(negatives)
-        known = None if self.own_negatives else items_of_users(batch)
         losses = {}
-        for domain, state, queries in zip("ab", self(batch), batch.queries, strict=True):
-            spared = None if known is None else known[queries.sequence]
+        for domain, state, queries, spared in zip("ab", self(batch), batch.queries, self.spared(batch), strict=True):
             positive, negative = shared_logits(
                 state, queries.targets, self.item(queries.targets), negatives, vectors, spared
             )

@@ -38,6 +38,8 @@ class Recommender(nn.Module, ABC):
         Passed on to `make_batch` (as `as_published` and `tails`).
     num_negatives, negative_groups
         Negatives that a training step draws for each of the groups (see `negatives`).
+    own_negatives
+        Whether they may be items of the user's own (see `spared`).
     """
 
     points: ClassVar[dict[int, str]] = {}
@@ -50,6 +52,7 @@ class Recommender(nn.Module, ABC):
     reads_tails: bool = False
     num_negatives: int
     negative_groups: int = 1
+    own_negatives: bool = True
 
     @classmethod
     def build(cls, config: RunConfig, pair: Pair) -> Self:
@@ -88,6 +91,16 @@ class Recommender(nn.Module, ABC):
         drawn = [draw_negatives(rng, self.num_items, self.num_negatives) for _ in range(self.negative_groups)]
         return torch.stack(drawn) if self.negative_groups > 1 else drawn[0]
 
+    def spared(
+        self, batch: Batch
+    ) -> tuple[Int[Tensor, "queries_a items"] | None, Int[Tensor, "queries_b items"] | None]:
+        """The items that are no negatives of each query of A and of B, beside its target; None where there are none."""
+        if self.own_negatives:
+            return None, None
+        items = items_of_users(batch)
+        of_a, of_b = (items[queries.sequence] for queries in batch.queries)
+        return of_a, of_b
+
     @property
     def widths(self) -> dict[str, int]:
         """What the config's None came to: inner width `hidden`, and `layers` or `adapter` where the model has them."""
@@ -110,9 +123,8 @@ def draw_new_to_users(
 ) -> tuple[Int[Tensor, " queries_a"], Int[Tensor, " queries_b"]]:
     """One item id for each query of a training batch, of the query's domain, that is none of its user's items."""
     nA, nB = num_items
-    key = 1 + nA + nB  # of a user and an item; a user's items are those of the mixed stream and the targets
-    held = [(batch.mixed.sequence, batch.mixed.items), *((query.sequence, query.targets) for query in batch.queries)]
-    bought = np.concatenate([(sequence * key + items).cpu().numpy() for sequence, items in held])
+    key = 1 + nA + nB  # of a user and an item
+    bought = items_of_users(batch).cpu().numpy() + key * np.arange(batch.size)[:, None]
     drawn = []
     for first, size, query in zip((1, 1 + nA), num_items, batch.queries, strict=True):
         who = query.sequence.cpu().numpy()
@@ -138,7 +150,7 @@ def shared_logits(
 
     With groups, the queries are cut into as many parts of equal length, and each part has the negatives of its row. A
     target drawn as a negative is no negative of its own query: its score there is minus infinity. So it is with the
-    items that `spared` lists for the query, such as `items_of_users` (0 is none). A row of negatives may name an item
+    items that `spared` lists for the query (0 is none). A row of negatives may name an item
     once only.
     """
     positive = (states * target_vectors).sum(dim=1)
@@ -245,20 +257,18 @@ def next_item_losses(
     num_items_a: int,
     objective: str,
     temperature: float,
-    own_negatives: bool = True,
+    spared: tuple[Tensor | None, Tensor | None],
 ) -> dict[str, Tensor]:
     """Losses `"a"` and `"b"` of states against the negatives of their own domain, as `objective` says.
 
-    Binary cross-entropy (`"published"`) or InfoNCE, averaged over a user's targets first, then over users. Without
-    `own_negatives` no other item of the user is a negative.
+    Binary cross-entropy (`"published"`) or InfoNCE, averaged over a user's targets first, then over users.
+    `spared` is what `Recommender.spared` returns.
     """
     losses = {}
-    known = None if own_negatives else items_of_users(batch)
-    for number, (state, queries) in enumerate(zip(states, batch.queries, strict=True)):
+    for number, (state, queries, own) in enumerate(zip(states, batch.queries, spared, strict=True)):
         # every group has as many of a domain as the next
         mine = negatives[(negatives > num_items_a) == bool(number)].view(*negatives.shape[:-1], -1)
-        spared = None if known is None else known[queries.sequence]
-        positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine), spared)
+        positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine), own)
         weight = mean_per_user(queries.sequence, batch.size)
         if objective == "infonce":
             losses["ab"[number]] = info_nce(positive / temperature, negative / temperature, weight)

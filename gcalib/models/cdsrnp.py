@@ -195,7 +195,7 @@ class CDSRNP(Recommender):
         return losses | next_item_losses(
             self.answer(batch, self.decode(batch, rows, z)), batch, negatives, self.item,
             num_items_a=self.num_items[0], objective=self.objective, temperature=self.temperature,
-            own_negatives=self.own_negatives,
+            spared=self.spared(batch),
         )  # fmt: skip
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:

@@ -57,7 +57,6 @@ from gcalib.models.base import (
     draw_negatives,
     draw_new_to_users,
     info_nce,
-    items_of_users,
     mean_per_user,
     shared_logits,
     soft_contrast,
@@ -220,14 +219,13 @@ class LLM4CDSR(Recommender):
 
         mixed, *own = self._states(batch, rows)
         losses = {}
-        known = None if self.own_negatives else items_of_users(batch)
-        for domain, (query, h, m) in enumerate(zip(batch.queries, own, (target_a, target_b), strict=True)):
+        parts = zip(batch.queries, own, (target_a, target_b), self.spared(batch), strict=True)
+        for domain, (query, h, m, spared) in enumerate(parts):
             state = self._joined(mixed, h, query)
             target = torch.cat([m, self.item(query.targets)], dim=1)
             mine = torch.nonzero(in_b == bool(domain)).squeeze(1)
             of_mine = take_rows(candidates, mine)
             if self.objective == "infonce":
-                spared = None if known is None else known[query.sequence]
                 positive, negative = shared_logits(state, query.targets, target, sampled[mine], of_mine, spared)
                 weight = mean_per_user(query.sequence, batch.size)
                 losses["ab"[domain]] = info_nce(positive / self.temperature, negative / self.temperature, weight)

@@ -65,7 +65,7 @@ class _SASRec(Recommender):
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         return next_item_losses(
             self(batch), batch, negatives, self.item, num_items_a=self.num_items[0], objective=self.objective,
-            temperature=self.temperature, own_negatives=self.own_negatives,
+            temperature=self.temperature, spared=self.spared(batch),
         )  # fmt: skip
 
 
