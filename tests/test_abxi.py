@@ -223,3 +223,26 @@ def test_the_baseline_starts_alike_with_and_without_cross_attention() -> None:
     for other in starts[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in starts[0].items())
         assert len(other) > len(starts[0])
+
+
+def test_with_pads_as_targets_only_the_mean_of_a_changes() -> None:
+    """Alone, a user's loss in A shrinks by their targets in A over all slots that hold none of B; B's stays."""
+    rng = np.random.default_rng(5)
+    sequences = [random_history(rng, length) for length in (4, 9, 13, 30)]  # the last two fill the window
+    negatives = torch.tensor([3, 8, 15, 22, 37, 44])
+
+    def losses(histories: list[np.ndarray], pads: bool) -> dict[str, torch.Tensor]:
+        model = tiny((), pads_as_targets=pads).train()
+        return model.loss(make_batch(histories, 20, window=12, training=True), negatives)
+
+    expected = {"a": 0.0, "b": 0.0}
+    for sequence in sequences:
+        alone, targets = losses([sequence], pads=False), sequence[1:][-12:]
+        share = (targets <= 20).sum() / (12 - (targets > 20).sum())
+        assert 0 < share <= 1
+        expected["a"] += alone["a"].item() * share / len(sequences)
+        expected["b"] += alone["b"].item() / len(sequences)
+    together = losses(sequences, pads=True)
+    assert together["a"].item() == pytest.approx(expected["a"], rel=1e-6)  # weights are float32
+    assert together["b"].item() == pytest.approx(expected["b"], rel=1e-6)
+    assert losses(sequences, pads=False)["a"].item() > 1.2 * together["a"].item()

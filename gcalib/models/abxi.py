@@ -50,6 +50,7 @@ class ABXI(Recommender):
         self.num_items = num_items
         self.window = config.max_length - 3  # input slots left by leave-one-out and by the shift to targets
         self.as_published = config.as_published
+        self.pads_as_targets = config.pads_as_targets
         self.num_negatives = config.negatives
         self.negative_groups = config.negative_groups
         self.own_negatives = config.own_negatives
@@ -138,14 +139,22 @@ class ABXI(Recommender):
         return {"hidden": self.ffn.inner.out_features}
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
-        """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users."""
+        """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users.
+
+        With `pads_as_targets`, every slot of the window that holds no target of B counts as one of A in that average.
+        A pad's own loss is a constant, which is left out.
+        """
         vectors = self.item(negatives)
         losses = {}
         for domain, state, queries, spared in zip("ab", self(batch), batch.queries, self.spared(batch), strict=True):
             positive, negative = shared_logits(
                 state, queries.targets, self.item(queries.targets), negatives, vectors, spared
             )
-            weight = mean_per_user(queries.sequence, batch.size)
+            if domain == "a" and self.pads_as_targets:
+                of_b = torch.bincount(batch.queries[1].sequence, minlength=batch.size)
+                weight = 1.0 / ((self.window - of_b)[queries.sequence] * batch.size)
+            else:
+                weight = mean_per_user(queries.sequence, batch.size)
             losses[domain] = info_nce(positive / self.temperature, negative / self.temperature, weight)
         return losses
 
