@@ -14,7 +14,8 @@ Ours and official: with `as_published` the model repeats the official code to ro
 stream, attention not masked at pads). Without it, positions count in the mixed sequence and pads are invisible. Both
 are trained against negatives shared by the batch, where the official code draws a set for each position and leaves out
 the items of the user's training history (here `own_negatives=False` does), but for A's last item, which its pool of B's
-negatives holds, too.
+negatives holds, too. Through part of its history that code counted pads, whose id is 0, among the targets of A (here
+`pads_as_targets=True` does); its last version does not, and its published figures name no version.
 """
 
 from __future__ import annotations
