@@ -112,7 +112,7 @@ def requested(browser: webdriver.Chrome) -> list[str]:
     """Addresses that pages asked for since the last call, without data and what is inside the browser itself."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [url for url in sent if urlsplit(url).scheme not in ("data", "blob", "chrome")]
+    return [url for url in sent if urlsplit(url).scheme not in ("data", "blob", "chrome", "chrome-untrusted")]
 
 
 def charts_of(path: Path) -> int:
