@@ -238,6 +238,8 @@ def lab(tmp_path: Path) -> Iterator[str]:
 
 
 def test_jupyterlab_runs_the_first_notebook_from_a_fresh_kernel(browser: webdriver.Chrome, lab: str) -> None:
+    # JupyterLab's current widget is the one in focus, and a page of a headless Chromium need not have it.
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     browser.get(lab)
     panel = "const panel = window.jupyterapp?.shell.currentWidget;"
     ready = f"{panel} return panel?.sessionContext?.session?.kernel?.connectionStatus === 'connected'"
