@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from tqdm import tqdm
 
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
@@ -22,7 +21,7 @@ from gcalib.pool import Outcomes, alone, shared
 from gcalib.records import RESULTS_VERSION, trace
 from gcalib.seeds import grouped
 from gcalib.store import RunStore
-from gcalib.training import pick_device
+from gcalib.training import Bar, pick_device
 
 log = logging.getLogger("gcalib")
 
@@ -168,7 +167,7 @@ def _shown(outcomes: Outcomes, expected: dict[RunConfig, float], runs: RunStore)
             yield config, outcome
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(Bar):
     """A bar whose time left goes down while no run ends."""
 
     at, since = 0.0, 0.0  # how far it is, and after how many seconds it came there

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator
@@ -34,6 +35,17 @@ CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 TRIM_ABOVE = 1.8e9  # bytes held between two steps
 TRIM_EVERY = 8  # steps: what is handed back has to be asked for again, a tenth of a step's time at width 256
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A progress bar of one process.
+
+    tqdm's own lock is for several: a semaphore with a name, of which Python's resource tracker complains when a process
+    is killed.
+    """
+
+
+Bar.set_lock(threading.RLock())
 
 
 class DivergedError(RuntimeError):
@@ -282,7 +294,7 @@ def _fit(
 
     if state.epoch == 0:
         state.curves.append({"epoch": 0, **validate()})
-    bar = tqdm(total=config.epochs, initial=state.epoch, unit="epoch", disable=not sys.stderr.isatty(), leave=False)
+    bar = Bar(total=config.epochs, initial=state.epoch, unit="epoch", disable=not sys.stderr.isatty(), leave=False)
     while state.epoch < config.epochs and state.waited < config.stop_patience:
         state.epoch += 1
         losses = yield from trainer.steps(learning_rate(config, state.epoch, state.cuts))

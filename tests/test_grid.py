@@ -266,6 +266,7 @@ def test_workers_end_with_the_process_that_started_them(project: Path) -> None:
     if left:
         os.killpg(process.pid, signal.SIGKILL)
     assert not left
+    assert process.stderr is not None and process.stderr.read() == ""  # nor does Python name what they left
 
 
 def test_kills_at_random_moments_change_no_record(serial: Path, project: Path) -> None:
