@@ -139,8 +139,9 @@ def diagram(model: str) -> Any:
     heads = flow.mark_point(shape="triangle-up", color=GREY, size=45, opacity=1).encode(
         alt.Y("y2:Q", axis=None, scale=upward)
     )
-    # large letters need no more, and a notebook shows several of these
-    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta={"scale": 1})
+    # large letters on four fills need no more, and a notebook shows several of these
+    small = {"scale": 1, "palette": 32}
+    chart = alt.layer(lines, heads, fills, words).properties(width=width, height=height, usermeta=small)
     return chart.properties(title=alt.TitleParams(title, subtitle="From the input, below, to the scores"))
 
 

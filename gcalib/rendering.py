@@ -69,17 +69,19 @@ def png(spec: dict[str, Any]) -> tuple[bytes, int, int]:
     picture, width, height
         The size is that to show it at, in pixels of the page; the picture itself has twice as many a side, for sharp
         displays, or just as many where it would be too large a file otherwise. A chart may ask for less with
-        `usermeta={"scale": ...}`.
+        `usermeta={"scale": ...}`, and for fewer colours than `PALETTE` with `usermeta={"palette": ...}`.
 
     Raises
     ------
     ValueError
         If the figure is too detailed for that.
     """
-    for scale in dict.fromkeys((float(spec.get("usermeta", {}).get("scale", 2)), 1.0)):
+    asked = spec.get("usermeta", {})
+    for scale in dict.fromkeys((float(asked.get("scale", 2)), 1.0)):
         drawn = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=scale))).convert("RGB")
         # "maximum coverage" keeps rare colours, such as that of a few dots, which others give up for shades of white
-        coded = drawn.quantize(PALETTE, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        colours = int(asked.get("palette", PALETTE))
+        coded = drawn.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         file = io.BytesIO()
         coded.save(file, "PNG", optimize=True)
         if file.tell() <= MAX_PNG:

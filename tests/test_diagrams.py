@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from itertools import combinations
 
+import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
 from gcalib import rendering
-from gcalib.diagrams import DIAGRAMS, diagram
+from gcalib.diagrams import DIAGRAMS, KINDS, diagram
 from gcalib.models import MODELS
 
 
@@ -18,6 +21,16 @@ def test_a_diagram_draws_and_nothing_overlaps(model: str) -> None:
     assert picture[:4] == b"\x89PNG" and width > 600
     for one, other in combinations(DIAGRAMS[model][1], 2):
         assert one.level != other.level or one.right <= other.left or other.right <= one.left, (one, other)
+
+
+@pytest.mark.parametrize("model", DIAGRAMS)
+def test_few_colours_are_enough_for_a_diagram(model: str) -> None:
+    rendering.enable()
+    colours = Image.open(io.BytesIO(rendering.png(diagram(model).to_dict())[0])).convert("RGB").getcolors(32)
+    assert colours is not None
+    for kind in {box.kind for box in DIAGRAMS[model][1]}:
+        away = np.array([colour for _, colour in colours]) - ImageColor.getrgb(KINDS[kind])
+        assert np.abs(away).max(axis=1).min() <= 4, kind
 
 
 @pytest.mark.parametrize("model", sorted(set(MODELS) & set(DIAGRAMS)))
