@@ -62,7 +62,9 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train and measure one config, or show its record if the store has it."""
-    from gcalib.config import RunConfig
+    from pydantic import ValidationError
+
+    from gcalib.config import RunConfig, faults
     from gcalib.experiments import run as run_config
 
     fields = {}
@@ -70,8 +72,15 @@ def run(
         key, equals, value = text.partition("=")
         if not equals or key not in RunConfig.model_fields:
             raise ValueError(f"--set {text}: write key=value with a key of {', '.join(RunConfig.model_fields)}.")
-        fields[key] = yaml.safe_load(value)
-    record = run_config(RunConfig(**{"pair": pair, **fields}), store, device=device)
+        try:
+            fields[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {text}: {value!r} is no YAML value.") from None
+    try:
+        config = RunConfig(**{"pair": pair, **fields})
+    except ValidationError as error:
+        raise ValueError(f"The run cannot be set so: {faults(error)}.") from None
+    record = run_config(config, store, device=device)
     for key, value in record.items():
         typer.echo(f"{key:40s} {value:.6g}" if isinstance(value, float) else f"{key:40s} {value}")
 

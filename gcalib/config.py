@@ -167,7 +167,11 @@ class RunConfig(BaseModel):
         return RunConfig(**{**self.model_dump(), **changes})
 
     def canonical(self) -> RunConfig:
-        """The same run with fields that have no effect at their defaults: a baseline has no gate, nor heads of one."""
+        """The same run with its idle fields of cross-attention, matching and negatives at their defaults.
+
+        A baseline has no gate, nor heads of one. Other fields without effect, such as the width of a model that counts
+        or the seed of one, are left as they are and stay part of a run's id: it may be computed twice, with one result.
+        """
         idle: tuple[str, ...] = () if self.match else ("match_axis",)
         if (self.model, self.objective) == ("llm4cdsr", "published"):
             idle += ("own_negatives",)  # that loss draws a negative for each target, new to the user anyway
@@ -252,7 +256,7 @@ class Profile(BaseModel):
             self.grid_configs()
         except ValidationError as error:
             allowed = ", ".join(name for name in RunConfig.model_fields if name not in ("pair", "seed"))
-            raise ValueError(f"{_faults(error)}; settings may hold {allowed}") from None
+            raise ValueError(f"{faults(error)}; settings may hold {allowed}") from None
         return self
 
     def config(self, **changes: Any) -> RunConfig:
@@ -319,10 +323,10 @@ class Profile(BaseModel):
             return cls(**values)
         except ValidationError as error:
             allowed = ", ".join(cls.model_fields)
-            raise ValueError(f"Bad parameters: {_faults(error)}. The parameters are {allowed}.") from None
+            raise ValueError(f"Bad parameters: {faults(error)}. The parameters are {allowed}.") from None
 
 
-def _faults(error: ValidationError) -> str:
+def faults(error: ValidationError) -> str:
     """What pydantic found wrong, in one line."""
     return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors())
 

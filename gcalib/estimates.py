@@ -78,7 +78,7 @@ def _size(config: RunConfig) -> tuple[int, int]:
 def _size_of(pair: str, max_length: int, min_per_domain: int | None) -> tuple[int, int]:
     try:
         fields = {"pair": pair, "max_length": max_length, "min_per_domain": min_per_domain}
-        found = pair_of(RunConfig(**fields))  # type: ignore[arg-type]
+        found = pair_of(RunConfig(**fields), download=False)  # type: ignore[arg-type]
     except (DataError, ValueError):
         return 200_000, 30_000  # an Amazon pair of common size
     return int(found.offsets[-1]), sum(found.num_items)

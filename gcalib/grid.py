@@ -89,6 +89,8 @@ def run_grid(
     if workers < 1:
         raise ValueError(f"workers={workers}: it must be 1 or more.")
     asked = [config.canonical() for config in configs]
+    if not asked:
+        raise ValueError("There is no run to do: the list of configs is empty, as it is for a profile without a grid.")
     unique = list(dict.fromkeys(asked))
     runs = RunStore(store)
     names = dict(zip(unique, finished(unique, store), strict=True))

@@ -288,6 +288,10 @@ def _fit(
 
     def validate() -> dict[str, float]:
         found = evaluate(trainer.model, pair, "val", protocols=protocols, device=device)
+        for domain, name in zip("ab", pair.domains, strict=True):
+            if not found[f"{domain}.targets"]:
+                what = "no user's validation target lies in it, and the best epoch is picked by both domains"
+                raise ValueError(f"{pair.name}, domain {name}: {what}.")
         if f"a.{config.select}.mrr" not in found:
             raise ValueError(f"select={config.select!r} needs more items a domain than {pair.name} has: use 'full'.")
         return {f"val.{name}": value for name, value in found.items()}

@@ -133,6 +133,7 @@ def test_faults_are_named_by_line(tmp_path, line):
         (GOOD, "user,item,rating", "columns='user,item,rating' must name user, item and timestamp once each"),
         (GOOD, "user,item,timestamp,user", "must name user, item and timestamp once each"),
         (GOOD, "user,item,x,timestamp,x", "names a column twice"),
+        ('"user_id","parent_asin","rating","timestamp"\n', None, "line 1: a field stands in quotation marks; write"),
         (GOOD, "user,item,timestamp,rating", "line 1: the time '5.0' is not a whole number of unix seconds"),
     ],
 )  # fmt: skip
@@ -170,6 +171,15 @@ def test_damaged_ratings_are_refused_or_read_as_they_stand(tmp_path, data):
     ]
     plain = zip(users, items, (int(field[3]) // scale for field in fields), strict=True)
     assert read == sorted(plain, key=lambda event: (event[0], event[2]))
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_the_header(tmp_path):
+    """Spreadsheets begin a file of UTF-8 text with one."""
+    folders = [
+        write(tmp_path / name, **{d: mark + csv(rows(d), header=HEADER).encode() for d in "ab"})
+        for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf"))
+    ]
+    assert names(load_pair(folders[0])) == names(load_pair(folders[1]))
 
 
 def test_columns_are_for_ratings_only(tmp_path):

@@ -324,6 +324,25 @@ def test_what_a_user_did_wrong_is_one_sentence(project: Path, arguments: list[st
     assert not (project / "results").exists()
 
 
+def test_a_grid_of_nothing_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no run to do: .* as it is for a profile without a grid"):
+        run_grid([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("lr=-1", "The run cannot be set so: lr: Input should be greater than 0."),
+        ("gca=[3]", "The run cannot be set so: settings: Value error, gca=(3,): the insertion points are 0 (early), "
+                    "1 (mid) and 2 (late)."),
+        ("gca=[0", "--set gca=[0: '[0' is no YAML value."),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_set_so_is_one_sentence(project: Path, setting: str, sentence: str) -> None:
+    done = subprocess.run(command("run", "--set", setting), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and done.stderr == f"{sentence}\n"
+
+
 def test_a_profile_may_be_a_file_elsewhere(project: Path) -> None:
     elsewhere = project / "elsewhere" / "params"
     elsewhere.mkdir(parents=True)

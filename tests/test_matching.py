@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gcalib.config import RunConfig
+from gcalib.data.batches import Batch
 from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.models import build_model, matched
@@ -94,3 +95,26 @@ def test_flops_are_those_of_the_products(pair: Pair) -> None:
     small, large = (flops_per_step(build_model(config(gca=(), match=None, hidden=h), pair), pair, 16) for h in (32, 64))
     larger = flops_per_step(build_model(config(gca=(), match=None, hidden=96), pair), pair, 16)
     assert larger - large == large - small > 0
+
+
+@pytest.mark.parametrize("model", ["abxi", "llm4cdsr", "cdsrnp", "sasrec", "sasrec-mixed"])
+def test_operations_are_counted_on_the_device_that_holds_the_model(
+    pair: Pair, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run on a GPU, for which torch's device without memory stands here."""
+    gca = () if model.startswith("sasrec") else (0,)
+    asked = RunConfig(pair="synthetic", model=model, dim=8, heads=2, gca=gca, **_text_of(model))
+    built = build_model(asked, pair).to("meta")
+    seen = set()
+
+    def loss(batch: Batch, negatives: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.update(t.device.type for t in (negatives, batch.mixed.items, *(s.items for s in batch.own)))
+        weight = next(p for p in built.parameters() if p.requires_grad)
+        return {"a": weight.flatten()[:4].view(2, 2).mm(torch.ones(2, 2, device="meta")).sum()}
+
+    monkeypatch.setattr(built, "loss", loss)
+    assert flops_per_step(built, pair, 16) > 0 and seen == {"meta"}
+
+
+def _text_of(model: str) -> dict[str, str]:
+    return {"text": "hashed-words"} if model == "llm4cdsr" else {}

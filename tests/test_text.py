@@ -177,6 +177,29 @@ def test_titles_beside_ones_own_data(tmp_path: Path) -> None:
         load_pair(folder)
 
 
+def test_one_s_own_folder_of_a_published_name_gets_no_published_texts(tmp_path: Path) -> None:
+    pair = load_pair(folder_of(tmp_path).rename(tmp_path / "sport-phone"))
+    assert pair.name == "sport-phone (own data)" and pair.domains == ("sport", "phone")
+    assert item_text(pair).sources == ("none", "none")
+
+
+def test_a_file_of_titles_may_begin_with_a_mark_of_its_encoding(tmp_path: Path) -> None:
+    (tmp_path / "titles.json").write_text('{"p": "Salt"}', encoding="utf-8-sig")
+    assert read_titles(tmp_path / "titles.json") == {"p": "Salt"}
+
+
+def test_without_a_clock_a_user_still_has_one_row() -> None:
+    """Users have an example in each domain there, and text vectors once."""
+    timed = synthetic_pair(num_users=60, num_items=(60, 60))
+    order = np.lexsort((timed.items > 60, np.repeat(np.arange(60), timed.lengths)))
+    plain = replace(timed, items=timed.items[order], times=np.full(len(timed.items), -1), has_clock=False)
+    vectors, train = text_vectors(plain, "hashed-words"), plain.split("val")
+    assert len(train) > 60 == len(vectors.users)
+    for user in (0, 59):
+        newest = [plain.titles.by_name[plain.item_names[item - 1]] for item in train.history(user)[::-1]][:10]  # type: ignore[union-attr, index]
+        assert np.allclose(vectors.users[user], encode(["; ".join(newest)], "hashed-words")[0], atol=1e-6)
+
+
 def test_titles_beside_two_files_of_one_domain_each(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("u p|1 q|3 r|5\n")
     (tmp_path / "b.txt").write_text("u x|2 y|4 z|6\n")

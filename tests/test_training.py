@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,15 @@ def test_a_diverged_run_is_reported_and_not_recorded(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="no longer finite"):
         run(tiny_config(lr=1e20, warmup_epochs=0), tmp_path)
     assert load_results(tmp_path).empty
+
+
+def test_a_pair_whose_validation_targets_are_all_of_one_domain_is_named(pair: Pair) -> None:
+    """The second domain comes later for every user, by two events or more."""
+    order = np.lexsort((pair.items > pair.num_items[0], np.repeat(np.arange(pair.num_users), pair.lengths)))
+    late = replace(pair, items=pair.items[order])
+    assert (late.split("val").targets > pair.num_items[0]).all()
+    with pytest.raises(ValueError, match=f"{pair.name}, domain {pair.domains[0]}: no user's validation target lies in"):
+        fit(tiny_config(), late, device="cpu")
 
 
 def test_early_stopping_keeps_the_best_epoch(pair: Pair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import html
 import json
@@ -55,7 +56,7 @@ def read_text(path: Path, data: bytes | None = None) -> bytes:
         data = unpack(path, data)
     elif data.startswith(GZIP_MAGIC):
         raise fault(path, None, "holds gzip data although its name does not end in .gz; rename or unpack it.")
-    data = data.replace(b"\r\n", b"\n")
+    data = data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     if not data.strip():
         raise fault(path, None, "is empty; one line a user was expected.")
     return data if data.endswith(b"\n") else data + b"\n"
@@ -146,7 +147,7 @@ def read_titles(path: Path, data: bytes | None = None) -> dict[str, str]:
     data = read_bytes(path) if data is None else data
     data = unpack(path, data) if path.suffix == ".gz" else data
     try:
-        table = json.loads(data.decode())
+        table = json.loads(data.removeprefix(codecs.BOM_UTF8).decode())
     except json.JSONDecodeError as error:
         raise fault(path, error.lineno, f'is not JSON of the form {{"item": "title"}} ({error.msg}).') from None
     except (UnicodeDecodeError, RecursionError) as error:

@@ -98,6 +98,8 @@ def _column_names(path: Path, text: bytes, columns: str | None) -> tuple[list[st
         first = text[: text.find(b"\n")].decode().split(",")
     except UnicodeDecodeError:
         raise fault(path, 1, NOT_UTF8) from None
+    if any(field.startswith('"') for field in first):
+        raise fault(path, 1, "a field stands in quotation marks; write the file without them, a comma between fields.")
     lowered = [field.strip().lower() for field in first]
     if any(field in ROLES["timestamp"] for field in lowered):
         names = [next((role for role, known in ROLES.items() if field in known), field) for field in lowered]

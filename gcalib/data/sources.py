@@ -235,8 +235,8 @@ def report(download: bool = False) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row a pair: `name`; `found` ("built in", "GCALIB_DATA", "cache" or "missing"); `verified` (all hashes
-        right); the columns of `statistics`, empty where the pair cannot be read; `counts`, what reading dropped or
-        changed, as text; `problem`, the sentence that says why a pair cannot be read.
+        right; None where files are missing); the columns of `statistics`, empty where the pair cannot be read;
+        `counts`, what reading dropped or changed, as text; `problem`, the sentence that says why a pair cannot be read.
     """
     rows = []
     for name in ("synthetic", *PAIRS):
@@ -246,7 +246,7 @@ def report(download: bool = False) -> pd.DataFrame:
             row |= statistics(pair)
             row["counts"] = ", ".join(f"{key} {number}" for key, number in pair.counts.items())
         except DataError as error:
-            row |= {"verified": False, "problem": str(error)}
+            row |= {"verified": None if isinstance(error, NoDataError) else False, "problem": str(error)}
         if name in PAIRS:
             row["found"] = _where(PAIRS[name])
         rows.append(row)

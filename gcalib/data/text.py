@@ -165,7 +165,7 @@ def text_vectors(pair: Pair, encoder: str) -> TextVectors:
 def _histories(pair: Pair) -> csr_array:
     """(users, nA + nB): 1 where an item stands in a user's training history."""
     train = pair.split("val")
-    items = np.concatenate([train.history(user) for user in train.users])
+    items = train.history_items
     found = csr_array(
         (np.ones(len(items), dtype=np.float32), items - 1, np.concatenate([[0], np.cumsum(train.lengths)])),
         shape=(pair.num_users, sum(pair.num_items)),
@@ -197,7 +197,7 @@ def _profiles(pair: Pair, text: ItemText, encoder: str) -> np.ndarray:
     """Vectors of the users' profiles; the mean profile for a user none of whose items has text."""
     train = pair.split("val")
     profiles = []
-    for user in train.users:
+    for user in range(pair.num_users):
         newest = [title for item in train.history(user)[::-1] if (title := text.texts[item - 1]) is not None]
         profiles.append("; ".join(newest[:PROFILE_ITEMS]))
     has = np.array([bool(profile) for profile in profiles])

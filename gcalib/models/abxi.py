@@ -131,10 +131,6 @@ class ABXI(Recommender):
                 states = [state[query.last] for state, query in zip(states, queries, strict=True)]
         return states[0], states[1]
 
-    def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
-        nA, nB = self.num_items
-        return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
-
     @property
     def widths(self) -> dict[str, int]:
         return {"hidden": self.ffn.inner.out_features}

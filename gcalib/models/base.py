@@ -40,6 +40,8 @@ class Recommender(nn.Module, ABC):
         Negatives that a training step draws for each of the groups (see `negatives`).
     own_negatives
         Whether they may be items of the user's own (see `spared`).
+    item
+        Table (1 + nA + nB, d) of the items' embeddings, where the model has one.
     """
 
     points: ClassVar[dict[int, str]] = {}
@@ -53,6 +55,7 @@ class Recommender(nn.Module, ABC):
     num_negatives: int
     negative_groups: int = 1
     own_negatives: bool = True
+    item: nn.Embedding
 
     @classmethod
     def build(cls, config: RunConfig, pair: Pair) -> Self:
@@ -66,9 +69,13 @@ class Recommender(nn.Module, ABC):
     def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
         """States that predict: in training one for each query of `batch`, in evaluation one a user, in A and in B."""
 
-    @abstractmethod
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
-        """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state."""
+        """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state.
+
+        By default the rows of `item`; a model that scores otherwise overrides this.
+        """
+        nA, nB = self.num_items
+        return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
 
     def scorer(self, domain: int) -> Callable[[Tensor], Tensor]:
         """A function from states of a domain (users, dim) to the scores of its items (users, items).
@@ -109,6 +116,20 @@ class Recommender(nn.Module, ABC):
     def facts(self) -> dict[str, Any]:
         """What a record has to say of this model beside its config: columns by name."""
         return {}
+
+
+def start_small(module: nn.Module) -> None:
+    """Start a linear layer or an embedding table of a transformer, for `nn.Module.apply`.
+
+    Tables are small, as the official Xavier start of a large table is: from N(0, 1 / d) it takes several times the
+    epochs.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        module.weight.data[0].zero_()
 
 
 def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: int) -> Int[Tensor, " negatives"]:

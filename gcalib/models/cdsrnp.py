@@ -48,7 +48,7 @@ from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Stream, make_batch
 from gcalib.data.pair import Pair
 from gcalib.layers import Dropout, TransformerEncoder
-from gcalib.models.base import Recommender, next_item_losses
+from gcalib.models.base import Recommender, next_item_losses, start_small
 from gcalib.models.crossing import Crossings, touched, untouched
 from gcalib.models.neural_process import Gaussian, InterestDecoder, LatentEncoder, Support
 from gcalib.packing import spread_rows, take_rows
@@ -121,7 +121,7 @@ class CDSRNP(Recommender):
         )
         self.decoder = nn.ModuleList(InterestDecoder(d, config.self_heads, latent, config.dropout) for _ in "ab")
         self.latent = LatentEncoder(d, latent) if latent else None
-        self.apply(_initialise)
+        self.apply(start_small)
         for module in self.modules():
             if isinstance(module, InterestDecoder) and module.film is not None:
                 nn.init.zeros_(module.film.weight)  # z says nothing at first, when it is mostly noise
@@ -198,10 +198,6 @@ class CDSRNP(Recommender):
             spared=self.spared(batch),
         )  # fmt: skip
 
-    def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
-        nA, nB = self.num_items
-        return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
-
     @property
     def widths(self) -> dict[str, int]:
         return self._widths
@@ -240,12 +236,3 @@ def _newest(rows: Float[Tensor, "rows dim"], stream: Stream, size: int) -> Float
     counts = torch.bincount(stream.sequence, minlength=size)
     has = counts.nonzero().squeeze(1)
     return spread_rows(take_rows(rows, counts.cumsum(0)[has] - 1), has, size)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-        module.weight.data[0].zero_()

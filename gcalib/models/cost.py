@@ -43,8 +43,10 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 0) -> int:
     """Floating-point operations of the matrix products and attention of one training step, forward and backward.
 
-    Counted by torch on one batch of users spread evenly over all lengths. The model's gradients are cleared.
+    Counted by torch on one batch of users spread evenly over all lengths, on the device that holds the model. The
+    model's gradients are cleared.
     """
+    device = next(model.parameters()).device
     training = pair.split("val")
     size = min(batch_size, pair.num_users)
     users = np.argsort(training.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
@@ -52,12 +54,14 @@ def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 
         [training.history(user) for user in users], pair.num_items[0], window=model.window, training=True,
         tails=model.reads_tails, as_published=model.as_published, users=users, clock=pair.has_clock,
     )  # fmt: skip
+    negatives = model.negatives(batch, np.random.default_rng(seed)).to(device)
     was_training = model.training
     model.train()
-    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as count:
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), counter:
         torch.manual_seed(seed)  # a model may draw which users it reads, and the count should not depend on the process
-        losses = model.loss(batch, model.negatives(batch, np.random.default_rng(seed)))
+        losses = model.loss(batch.to(device), negatives)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     model.train(was_training)
-    return int(count.get_total_flops())
+    return int(counter.get_total_flops())

@@ -60,6 +60,7 @@ from gcalib.models.base import (
     mean_per_user,
     shared_logits,
     soft_contrast,
+    start_small,
 )
 from gcalib.models.crossing import Crossings, of_queries, touched, untouched
 from gcalib.packing import spread_rows, take_rows
@@ -114,7 +115,7 @@ class LLM4CDSR(Recommender):
             }
         )
         self.dropout = Dropout(config.dropout)
-        self.apply(_initialise)
+        self.apply(start_small)
         if config.local_init == "text":
             components = vectors.components[:, :d]
             self.item.weight.data[1:, : components.shape[1]] = torch.from_numpy(components)
@@ -259,12 +260,3 @@ def _at(rows: Float[Tensor, "rows dim"], index: Int[Tensor, " queries"]) -> Floa
     """`rows[index]`, zero where the index is -1; no row is asked for twice."""
     has = index >= 0
     return spread_rows(take_rows(rows, index[has]), torch.nonzero(has).squeeze(1), len(index))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)  # positions; items, too, unless they start at their text
-        module.weight.data[0].zero_()

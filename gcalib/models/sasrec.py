@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Stream
 from gcalib.layers import Dropout, TransformerEncoder
-from gcalib.models.base import Recommender, next_item_losses
+from gcalib.models.base import Recommender, next_item_losses, start_small
 from gcalib.packing import spread_rows, take_rows
 
 LAYERS = 2
@@ -50,17 +50,13 @@ class _SASRec(Recommender):
             for _ in range(encoders)
         )
         self.dropout = Dropout(config.dropout)
-        self.apply(_initialise)
+        self.apply(start_small)
 
     def encode(self, stream: Stream, number: int) -> Float[Tensor, "rows dim"]:
         """States of a stream's rows."""
         h = self.item(stream.items) * self.item.embedding_dim**0.5 + self.position[number](stream.position)
         encoded: Tensor = self.encoder[number](self.dropout(h), stream.layout)
         return encoded
-
-    def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
-        nA, nB = self.num_items
-        return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         return next_item_losses(
@@ -98,13 +94,3 @@ class MixedSASRec(_SASRec):
         h = self.encode(batch.mixed, 0)
         asked = [queries if self.training else queries.newest() for queries in batch.queries]
         return take_rows(h, asked[0].mixed_row), take_rows(h, asked[1].mixed_row)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        # Small, as the official Xavier start of a large table is: from N(0, 1 / d) it takes several times the epochs.
-        nn.init.normal_(module.weight, std=0.02)
-        module.weight.data[0].zero_()
