@@ -51,7 +51,7 @@ def outcomes(
     try:
         import ray
     except ImportError:
-        raise ValueError("engine='ray' needs Ray: pip install 'gcalib[cluster]'.") from None
+        raise ValueError("engine='ray' needs Ray: pip install -e '.[cluster]' in a clone.") from None
     passed = {name: os.environ[name] for name in ("GCALIB_DATA",) if name in os.environ}
     threads = str(max(1, int(cpus)))
     if not ray.is_initialized():

@@ -30,6 +30,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "as_published": ("abxi", "llm4cdsr"),
     "pads_as_targets": ("abxi",),
     "layers": TRANSFORMERS,
+    "attention_dropout": TRANSFORMERS,
     "objective": TRANSFORMERS,
     "text": ("llm4cdsr",),
     "adapter": ("llm4cdsr",),
@@ -82,6 +83,9 @@ class RunConfig(BaseModel):
     layers: int | None = Field(None, ge=1, description="self-attention layers; None is the model's published number")
     self_heads: int = Field(2, ge=1, description="heads of the model's own self-attention")
     dropout: float = Field(0.5, ge=0.0, lt=1.0)
+    attention_dropout: bool = Field(
+        False, description="drop attention weights too, as SASRec's encoder does; ABXI's program has no such dropout"
+    )
     domain_rank: int = Field(16, ge=1, description="ABXI: rank of the domain LoRA")
     invariant_rank: int = Field(64, ge=1, description="ABXI: rank of the invariant LoRA")
     as_published: bool = Field(

@@ -61,7 +61,7 @@ def run_grid(
     Parameters
     ----------
     engine
-        `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install 'gcalib[cluster]'`).
+        `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install -e '.[cluster]'`).
     workers
         Local processes; they share the machine's cores evenly.
     seeds_at_once
@@ -78,7 +78,7 @@ def run_grid(
     Interrupted
         On `Ctrl-C`.
     ValueError
-        For an unknown engine or an argument it does not take, or a device that is not there.
+        For no configs, an unknown engine or an argument it does not take, or a device that is not there.
     """
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r} is unknown; the engines are local and ray.")

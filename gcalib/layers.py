@@ -102,14 +102,18 @@ def attend(
     mask: Tensor | None = None,
     *,
     causal: bool = False,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads length_q per_head"]:
-    """`softmax(q k^T / sqrt(p)) v`; on a CPU in float32 even under bf16 autocast, where the bf16 gradient is slower."""
+    """`softmax(q k^T / sqrt(p)) v`; on a CPU in float32 even under bf16 autocast, where the bf16 gradient is slower.
+
+    `dropout` is the rate at which weights of the softmax are dropped.
+    """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
         if q.dtype == torch.bfloat16:
             q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class SelfAttention(nn.Module):
@@ -172,17 +176,23 @@ class TransformerEncoder(nn.Module):
 
         q = LayerNorm(x);  x = q + Attention(q, x, x);  x = LayerNorm(x);  x = x + FFN(x)
 
-    and a last LayerNorm follows. `eps` is the official 1e-8.
+    and a last LayerNorm follows. `eps` is the official 1e-8. The official encoder also drops attention weights in
+    training; ours does if `drop_attention`, which on a CPU goes without the fused kernel.
 
     Parameters
     ----------
     hidden
         Inner width of the feed-forward layers; None is `dim`, as published.
+    drop_attention
+        Whether attention weights are dropped in training, at the rate `dropout` of the feed-forward layers.
     """
 
-    def __init__(self, dim: int, layers: int, heads: int, dropout: float, hidden: int | None = None) -> None:
+    def __init__(
+        self, dim: int, layers: int, heads: int, dropout: float, hidden: int | None = None, drop_attention: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.attention_rate = dropout if drop_attention else 0.0
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -222,7 +232,8 @@ class TransformerEncoder(nn.Module):
                 bias: Tensor = layer["key_value"].get_parameter("bias")
                 pad = bias.to(k.dtype).expand(layout.batch, 1, -1).chunk(2, dim=-1)
                 k, v = (torch.cat([split_heads(p, self.heads), t], dim=2) for p, t in zip(pad, (k, v), strict=True))
-            heads = attend(q, k, v, shown, causal=shown is None)
+            rate = self.attention_rate if self.training else 0.0
+            heads = attend(q, k, v, shown, causal=shown is None, dropout=rate)
             attended = layout.unpad(merge_heads(heads))
             x = layer["ffn_norm"](query + layer["out"](attended))
             x = x + self.dropout(layer["outer"](self.dropout(F.relu(layer["inner"](x)))))

@@ -8,10 +8,13 @@ import torch
 
 from gcalib.config import RunConfig
 from gcalib.data.batches import make_batch
+from gcalib.data.synthetic import synthetic_pair
 from gcalib.layers import TransformerEncoder
 from gcalib.models import MODELS, Recommender, build_model
 from gcalib.models.base import binary_cross_entropy
 from gcalib.packing import Layout
+
+PAIR = synthetic_pair(num_users=40, num_items=(60, 60))
 
 
 def tiny(model: str, **changes: object) -> Recommender:
@@ -57,11 +60,8 @@ def test_no_future_and_one_computation(name: str) -> None:
 
 
 def test_a_model_without_insertion_points_says_so() -> None:
-    from gcalib.data.synthetic import synthetic_pair
-
-    pair = synthetic_pair(num_users=20, num_items=(60, 60))
     with pytest.raises(ValueError, match="sasrec has no insertion point 0: it has none"):
-        build_model(RunConfig(pair="synthetic", model="sasrec", gca=(0,)), pair)
+        build_model(RunConfig(pair="synthetic", model="sasrec", gca=(0,)), PAIR)
 
 
 def test_the_encoder_is_sasrec_s() -> None:
@@ -82,6 +82,40 @@ def test_the_encoder_is_sasrec_s() -> None:
     h = layer["ffn_norm"](q + official(q, x, x, attn_mask=future)[0])
     wanted = encoder.norm(h + layer["outer"](torch.relu(layer["inner"](h))))
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_attention_weights_are_dropped_where_asked_in_training_only() -> None:
+    """What attention finds then varies about what it finds otherwise, at the given rate."""
+    torch.manual_seed(0)
+    x, layout = torch.randn(6, 8), Layout.of(torch.zeros(6, dtype=torch.int64), 1)
+    found: list[torch.Tensor] = []
+    encoder = TransformerEncoder(8, layers=1, heads=2, dropout=0.5, drop_attention=True)
+    encoder.layers[0]["out"].register_forward_hook(lambda _, given, __: found.append(given[0].detach()))  # type: ignore[index]
+    with torch.no_grad():
+        encoder.eval()(x, layout)
+        encoder.eval()(x, layout)
+        for _ in range(2000):
+            encoder.train()(x, layout)
+    assert torch.equal(found[0], found[1])
+    drawn = torch.stack(found[2:])
+    assert torch.allclose(drawn[:, 0].abs().amin(dim=0), torch.zeros(8))  # the first row has itself alone, or nothing
+    assert torch.allclose(drawn[:, 0].abs().amax(dim=0), 2 * found[0][0].abs())
+    off = (drawn.mean(dim=0) - found[0]) / (drawn.std(dim=0) / 2000**0.5)
+    assert off.abs().max() < 4.5 and (drawn.std(dim=0) > 0).all()
+    plain = TransformerEncoder(8, layers=1, heads=2, dropout=0.5)
+    plain.layers[0]["out"].register_forward_hook(lambda _, given, __: found.append(given[0].detach()))  # type: ignore[index]
+    with torch.no_grad():
+        plain.train()(x, layout), plain.train()(x, layout)
+    assert torch.equal(found[-1], found[-2])
+
+
+@pytest.mark.parametrize("name", ["sasrec", "sasrec-mixed", "llm4cdsr", "cdsrnp"])
+def test_every_model_with_such_an_encoder_passes_the_wish_on(name: str) -> None:
+    text = {"text": "hashed-words"} if name == "llm4cdsr" else {}
+    for wish in (False, True):
+        config = RunConfig(pair="synthetic", model=name, dim=16, dropout=0.25, attention_dropout=wish, **text)
+        encoders = [part for part in build_model(config, PAIR).modules() if isinstance(part, TransformerEncoder)]
+        assert encoders and {part.attention_rate for part in encoders} == {0.25 * wish}
 
 
 def test_binary_cross_entropy_by_hand() -> None:

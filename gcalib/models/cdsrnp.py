@@ -116,7 +116,9 @@ class CDSRNP(Recommender):
         self.position = nn.ModuleList(nn.Embedding(1 + self.window, d, padding_idx=0) for _ in "ab")
         self.dropout = Dropout(config.dropout)
         self.encoder = nn.ModuleList(
-            TransformerEncoder(d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden)
+            TransformerEncoder(
+                d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden, config.attention_dropout
+            )
             for _ in "ab"
         )
         self.decoder = nn.ModuleList(InterestDecoder(d, config.self_heads, latent, config.dropout) for _ in "ab")

@@ -32,6 +32,9 @@ negative's score are of two items; here they are of one, as in evaluation. A dom
 the other domain's items, so the negatives of InfoNCE are those of the target's domain. The profile p_u holds the target
 of the state that it is contrasted with, in training only, since it is the text of all of the training history.
 
+The official encoder, as copies of it show (`nn.MultiheadAttention` with the rate of the rest), also drops attention
+weights in training; ours does with `attention_dropout`. The comparison with the official program has no dropout.
+
 The profiles in `params/` are smaller than what was published: width 64 (128), two heads (1), 47 inputs (200), batches
 of 256 (128), AdamW (Adam), and a sentence encoder 384 wide (a language model's 1,536).
 """
@@ -108,12 +111,8 @@ class LLM4CDSR(Recommender):
         self.user_adapter = nn.Sequential(nn.Linear(w, inner), nn.Linear(inner, d))
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
         self.position = nn.ModuleDict({s: nn.Embedding(1 + self.window, d, padding_idx=0) for s in "xab"})
-        self.encoder = nn.ModuleDict(
-            {
-                s: TransformerEncoder(d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden)
-                for s in "xab"
-            }
-        )
+        shape = (d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden)
+        self.encoder = nn.ModuleDict({s: TransformerEncoder(*shape, config.attention_dropout) for s in "xab"})
         self.dropout = Dropout(config.dropout)
         self.apply(start_small)
         if config.local_init == "text":

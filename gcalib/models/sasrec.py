@@ -46,7 +46,9 @@ class _SASRec(Recommender):
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
         self.position = nn.ModuleList(nn.Embedding(1 + self.window, d, padding_idx=0) for _ in range(encoders))
         self.encoder = nn.ModuleList(
-            TransformerEncoder(d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden)
+            TransformerEncoder(
+                d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden, config.attention_dropout
+            )
             for _ in range(encoders)
         )
         self.dropout = Dropout(config.dropout)
