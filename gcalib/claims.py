@@ -15,6 +15,7 @@ otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ from gcalib.effects import (
     CELLS,
     METRIC,
     PROTOCOLS,
+    STEPS,
     alignment,
+    between_variants,
     by_patience,
     comparable,
     effect,
@@ -35,15 +38,18 @@ from gcalib.effects import (
     patience_lacking,
     protocols_apart,
     seeds_needed,
+    steps,
     untrained,
+    within_cells,
 )
 from gcalib.verdicts import TEXTS, by_measure, figure, in_short, overall
 
 __all__ = [
-    "CELLS", "COLUMNS", "MARGIN", "METRIC", "NEAR", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "by_measure",
-    "by_patience", "comparable", "depth", "early", "effect", "figure", "first_points", "in_short", "independent",
-    "judge", "matched", "one_width", "orthogonal_is_better", "overall", "patience_lacking", "protocols_apart",
-    "published", "same_level", "seeds_needed", "steps", "under_protocols", "untrained",
+    "CELLS", "COLUMNS", "MARGIN", "METRIC", "NEAR", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "between_variants",
+    "by_measure", "by_patience", "caveats", "comparable", "depth", "early", "effect", "figure", "first_points",
+    "in_short", "independent", "judge", "lies_within", "matched", "one_width", "orthogonal_is_better", "overall",
+    "patience_lacking", "protocols_apart", "published", "same_level", "seeds_needed", "steps", "under_protocols",
+    "untrained", "within_cells",
 ]  # fmt: skip
 
 NEAR = 0.02  # a cosine no further than that from a null is said to lie at it
@@ -95,8 +101,6 @@ def under_protocols(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-
-
 def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
     """C2: among runs of one pair and insertion point, does NDCG@10 fall as the cosine rises?
 
@@ -116,6 +120,19 @@ def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def lies_within(low: float, high: float, band: tuple[float, float]) -> str:
+    """What an interval says of a claim that its figure lies within a range.
+
+    Examples
+    --------
+    >>> lies_within(0.12, 0.18, (0.1, 0.2)), lies_within(0.18, 0.22, (0.1, 0.2)), lies_within(0.3, 0.4, (0.1, 0.2))
+    ('confirmed', 'undecided', 'refuted')
+    """
+    if band[0] <= low and high <= band[1]:
+        return "confirmed"
+    return "refuted" if high < band[0] or low > band[1] else "undecided"
+
+
 def same_level(runs: pd.DataFrame) -> pd.DataFrame:
     """C3, of GCA0 with its default gate and heads: does the median cosine lie within the paper's range, and does the
     cosine end below that of the same module set back to its start?
@@ -133,9 +150,7 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
         if len(values) >= 6:
             drawn = scipy_stats.bootstrap((values,), np.median, method="percentile", rng=np.random.default_rng(0))
             left, right = drawn.confidence_interval
-        word = (
-            "confirmed" if low <= left and right <= high else "refuted" if right < low or left > high else "undecided"
-        )
+        word = lies_within(left, right, (low, high))
         counted = (len(values), "runs", len(values))
         question = "median of mean |cos(X, X′)| at point 0"
         rows.append(("C3", model, "level", question, np.median(values), left, right, 0.95, "", word, *counted))
@@ -144,34 +159,6 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
         word = stats.verdict(mean["low"], mean["high"], expected=-1)
         rows.append(("C3", model, "rise", question, mean["mean"], mean["low"], mean["high"], 0.95, "", word, *counted))
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-STEPS = [
-    ("GCA0", "GCA0+1"), ("GCA1", "GCA0+1"), ("GCA1", "GCA1+2"), ("GCA2", "GCA1+2"), ("GCA0+1", "GCA0+1+2"),
-    ("GCA1+2", "GCA0+1+2"),
-]  # fmt: skip
-
-
-def steps(runs: pd.DataFrame) -> pd.DataFrame:
-    """What one insertion point more changes: rows of `effect` with a column `step`, those that a model has runs for.
-
-    Of several steps the worst will be looked at, so each interval's `level` is Bonferroni's for their number. Runs
-    with a point more whose seed the other place lacks are left out.
-    """
-    parts = []
-    for _, mine in runs.groupby("model", sort=False):
-        compared = {}
-        for base, more in STEPS:
-            before = mine[mine["variant"] == base]
-            after = mine[mine["variant"] == more].merge(before[["pair", "seed"]])
-            if len(after):
-                compared[base, more] = pd.concat([before, after])
-        level = 1 - 0.05 / max(len(compared), 1)
-        for (base, more), both in compared.items():
-            found = effect(both, base, [more], level=level)
-            parts.append(found.assign(step=f"{more} against {base}", level=level))
-    columns = ["model", "variant", "strata", "n", "mean", "low", "high", "p", "step", "level"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def depth(runs: pd.DataFrame) -> pd.DataFrame:
@@ -198,14 +185,14 @@ def depth(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def independent(runs: pd.DataFrame) -> pd.DataFrame:
+def independent(runs: pd.DataFrame, over: Sequence[str] = ("pair", "domain")) -> pd.DataFrame:
     """C6: over pairs and domains, does the cosine of X and X′ follow that of X and Y?
 
     One dot a model, pair and domain (the mean of its runs of GCA0 with the default gate and heads), so that many runs
     of one data set do not pass for many data sets. Confirmed if the interval of r lies within ±`MARGIN`, refuted if it
-    excludes 0.
+    excludes 0. `over=["pair"]` looks at pairs alone, whose domains share users and a trained model.
     """
-    keys = ["model", "pair", "domain"]
+    keys, counts = ["model", *over], " and ".join(f"{name}s" for name in over)
     early_only = alignment(runs).query("point == 0 and variant == 'GCA0'")
     dots = early_only.groupby(keys, sort=False)[["cos_xy_mean_abs", "cos_mean_abs"]].mean()
     rows = []
@@ -215,8 +202,8 @@ def independent(runs: pd.DataFrame) -> pd.DataFrame:
             found = scipy_stats.pearsonr(part["cos_xy_mean_abs"], part["cos_mean_abs"])
             r, (low, high) = found.statistic, found.confidence_interval(0.95)
         word = "refuted" if low > 0 or high < 0 else "confirmed" if max(-low, high) < MARGIN else "undecided"
-        question = "r of |cos(X, Y)| with |cos(X, X′)| over pairs and domains"
-        counted = (len(part), "pairs and domains", int((early_only["model"] == model).sum() / 2))
+        question = f"r of |cos(X, Y)| with |cos(X, X′)| over {counts}"
+        counted = (len(part), counts, int((early_only["model"] == model).sum() / 2))
         rows.append(("C6", model, "", question, r, low, high, 0.95, "r", word, *counted))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -225,3 +212,32 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
     """All six claims, a row a model (and domain)."""
     judges = (early, orthogonal_is_better, same_level, matched, depth, independent)
     return pd.concat([one(runs) for one in judges], ignore_index=True)
+
+
+def caveats(runs: pd.DataFrame) -> list[str]:
+    """What weakens the rows of C2 and C6 whose interval excludes zero, one sentence each.
+
+    C2: how many rows were looked at, and whether runs of one variant, or what is added after the gate, show it as well.
+    C6: what is left over pairs, which unlike the domains of one are independent.
+    """
+    found, points = [], first_points(runs)
+    judged, gated = within_cells(points), within_cells(points, "cos_gated")
+    alike = within_cells(points, cells=[*CELLS, "variant"])
+    for row in judged[(judged["low"] > 0) | (judged["high"] < 0)].reset_index().to_dict("records"):
+        model, domain = key = (row["model"], row["domain"])
+        share = between_variants(points[(points["model"] == model) & (points["domain"] == domain)])
+        same, after = (str(table["said"].to_dict()[key]) for table in (alike, gated))
+        found.append(
+            f"C2, {model}, {domain}: {row['said']} is one of {len(judged)} rows; corrected for their number (Holm), "
+            f"its p is {row['holm']:.2f}. {share:.0%} of the cosine's variance within pair and point lies between "
+            f"variants; among runs of one variant r is {same}, and with the update taken after the gate {after}."
+        )
+    dots, by_pair = independent(runs), independent(runs, ["pair"]).set_index("model")
+    for _, one in dots[dots["verdict"] == "refuted"].iterrows():
+        pairs = by_pair.loc[one["model"]]
+        found.append(
+            f"C6, {one['model']}: {figure(one)} is over {one['n']} {one['of']}, and the domains of a pair share users "
+            f"and a trained model; over the {pairs['n']} independent pairs it is {figure(pairs)}"
+            f"{'' if pairs['verdict'] == 'refuted' else ', a weak refutation'}."
+        )
+    return found

@@ -19,6 +19,7 @@ NULLS = {
     "null_fresh_mean_abs": ("null: module drawn anew", COLOURS[3]),
     "null_init_mean_abs": ("the module's own start", COLOURS[2]),
 }
+GATED = "after the gate, by mean lengths"
 
 
 def _bounded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +131,8 @@ def against_nulls(
     frame
         One row a run: the column named by `row`, `domain`, `cos_mean_abs` and levels to compare it with
         (`null_mean_abs`, `null_perm_mean_abs`, `null_init_mean_abs`, and where some runs have it
-        `null_fresh_mean_abs`); runs of a case are averaged, and each is a faint dot.
+        `null_fresh_mean_abs`); runs of a case are averaged, and each is a faint dot. With `cos_gated` of
+        `gcalib.effects.alignment`, its mean is a diamond.
     level
         A published range to shade.
     """
@@ -143,9 +145,14 @@ def against_nulls(
     ticks = nulls.melt([row, "domain"], var_name="what").dropna()
     ticks = ticks.replace({"what": {name: said for name, (said, _) in levels.items()}})
     means = measured.groupby([row, "domain", "what"], sort=False)["value"].mean().reset_index()
-    table = pd.concat([measured.assign(kind="run"), means.assign(kind="mean"), ticks.assign(kind="null")])
-    names = ["measured", *(name for name, _ in levels.values())]
-    scale = alt.Scale(domain=names, range=[COLOURS[0], *(colour for _, colour in levels.values())])
+    drawn_as = [measured.assign(kind="run"), means.assign(kind="mean"), ticks.assign(kind="null")]
+    colours = {"measured": COLOURS[0], **dict(levels.values())}
+    if "cos_gated" in frame and frame["cos_gated"].notna().any():
+        after = frame.groupby([row, "domain"], sort=False)["cos_gated"].mean().rename("value").dropna().reset_index()
+        drawn_as.append(after.assign(what=GATED, kind="gated"))
+        colours[GATED] = COLOURS[5]
+    table = pd.concat(drawn_as)
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
     measure = "mean |cos(X, X′)|"
     x = alt.X("value:Q", title=measure, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5))
     drawn = base_of(table, width=270, height=alt.Step(24))  # one table: altair facets no chart of several
@@ -157,6 +164,7 @@ def against_nulls(
         base.transform_filter("datum.kind == 'null'").mark_tick(thickness=3, size=16, opacity=0.9),
         base.transform_filter("datum.kind == 'run'").mark_point(opacity=0.35, size=25),
         base.transform_filter("datum.kind == 'mean'").mark_point(opacity=1, size=90),
+        base.transform_filter("datum.kind == 'gated'").mark_point(shape="diamond", opacity=1, size=60),
     ]
     if level:
         bounds = alt.X(datum=level[0], title=measure), alt.X2(datum=level[1])

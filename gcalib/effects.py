@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
 
-from gcalib import stats, tables
+from gcalib import relations, stats, tables
 
 METRIC = "full.ndcg@10"
 MOST_SEEDS = 10_000  # that `seeds_needed` looks at
@@ -23,6 +24,10 @@ PROTOCOLS = {
 """What ranking is measured by, the first of them the judged one."""
 CELLS = ["pair", "point"]
 """What comparable runs share, for C2."""
+STEPS = [
+    ("GCA0", "GCA0+1"), ("GCA1", "GCA0+1"), ("GCA1", "GCA1+2"), ("GCA2", "GCA1+2"), ("GCA0+1", "GCA0+1+2"),
+    ("GCA1+2", "GCA0+1+2"),
+]  # fmt: skip
 
 
 def one_width(runs: pd.DataFrame) -> pd.DataFrame:
@@ -50,6 +55,28 @@ def effect(
     long = _by_domain(runs, base, variants, {"value": metric})
     long = long.assign(value=tables.relative(long, "value", base, ["model", "pair", "domain"]))
     return _within_pairs(long, base, level, variance)
+
+
+def steps(runs: pd.DataFrame) -> pd.DataFrame:
+    """What one insertion point more changes: rows of `effect` with a column `step`, those that a model has runs for.
+
+    Of several steps the worst will be looked at, so each interval's `level` is Bonferroni's for their number. Runs
+    with a point more whose seed the other place lacks are left out.
+    """
+    parts = []
+    for _, mine in runs.groupby("model", sort=False):
+        compared = {}
+        for base, more in STEPS:
+            before = mine[mine["variant"] == base]
+            after = mine[mine["variant"] == more].merge(before[["pair", "seed"]])
+            if len(after):
+                compared[base, more] = pd.concat([before, after])
+        level = 1 - 0.05 / max(len(compared), 1)
+        for (base, more), both in compared.items():
+            found = effect(both, base, [more], level=level)
+            parts.append(found.assign(step=f"{more} against {base}", level=level))
+    columns = ["model", "variant", "strata", "n", "mean", "low", "high", "p", "step", "level"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def protocols_apart(runs: pd.DataFrame, base: str, variant: str, first: str, last: str) -> pd.DataFrame:
@@ -136,18 +163,24 @@ def seeds_needed(
 def alignment(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a run, domain and insertion point: the cosines and their nulls by their names, and `ndcg`.
 
-    `null_fresh_mean_abs` is nan of runs recorded before it was measured.
+    `cos_ungated` and `cos_gated` are the cosines that mean lengths imply, along / hypot(along, across), of X' and of
+    what is added to X, gate * X': ratios of means, in which long updates weigh more, and no means of |cos|. What a run
+    was recorded without is nan, such as `null_fresh_mean_abs` in older ones.
     """
-    names = (
+    names = [
         "cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs",
-        "null_fresh_mean_abs",
-    )  # fmt: skip
+        "null_fresh_mean_abs", "cos_signed", "cos_abs_of_mean", "norm_along", "norm_across", "gated_norm_along",
+        "gated_norm_across",
+    ]  # fmt: skip
     same = one_width(runs)
-    since = [f"test.{letter}.gca{point}.null_fresh_mean_abs" for letter in "ab" for point in (0, 1, 2)]
-    same = same.assign(**{name: np.nan for name in since if name not in same})
-    cosines = tables.by_point(same, {name: name for name in names})
+    every = [f"test.{letter}.gca{point}.{name}" for letter in "ab" for point in (0, 1, 2) for name in names[5:]]
+    same = same.assign(**{name: np.nan for name in every if name not in same})
+    rows = tables.by_point(same, {name: name for name in names}).astype(dict.fromkeys(names[5:], float))
+    for name, lengths in (("cos_ungated", "norm"), ("cos_gated", "gated_norm")):
+        along, across = (rows.pop(f"{lengths}_{part}") for part in ("along", "across"))
+        rows[name] = along / np.hypot(along, across)
     ranking = tables.by_domain(same, {"ndcg": METRIC})[["run_id", "domain", "ndcg"]]
-    return cosines.merge(ranking, on=["run_id", "domain"])
+    return rows.merge(ranking, on=["run_id", "domain"])
 
 
 def first_points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -160,14 +193,50 @@ def comparable(rows: pd.DataFrame) -> bool:
     return bool((rows.groupby(CELLS).size() > 1).sum() > 1)
 
 
-def untrained(runs: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
+def within_cells(
+    rows: pd.DataFrame, measure: str = "cos_mean_abs", cells: Sequence[str] = tuple(CELLS)
+) -> pd.DataFrame:
+    """Correlation of a measure with `ndcg` within cells, for each model and domain of `first_points` that has two or
+    more `CELLS` in which runs compare: `r`, `low`, `high`, `p`, `holm` (p corrected for the number of rows), and
+    `said`, r with its interval in words.
+
+    Nan where no two of `cells` hold runs that compare.
+    """
+    found = {}
+    for key, part in rows.groupby(["model", "domain"], sort=False):
+        if comparable(part):
+            try:
+                readings = relations.correlations(part, measure, "ndcg", cells).set_index("reading")
+                found[key] = readings.loc["within cells", ["r", "low", "high", "p"]].astype(float)
+            except ValueError:
+                found[key] = pd.Series(np.nan, index=["r", "low", "high", "p"])
+    table = pd.DataFrame(found, index=["r", "low", "high", "p"]).T
+    table.index = pd.MultiIndex.from_tuples(list(found), names=["model", "domain"]) if found else table.index
+    tested = table["p"].dropna()
+    table["holm"] = pd.Series(multipletests(tested, method="holm")[1] if len(tested) else [], tested.index, float)
+    table["said"] = [stats.said(r, low, high, unit="", digits=2) for r, low, high in table.to_numpy()[:, :3]]
+    return table
+
+
+def between_variants(rows: pd.DataFrame) -> float:
+    """Share of the cosine's variance within `CELLS` that lies between variants, and not between runs of one variant."""
+    within, alike = (
+        float(((rows["cos_mean_abs"] - rows.groupby(cells)["cos_mean_abs"].transform("mean")) ** 2).sum())
+        for cells in (CELLS, [*CELLS, "variant"])
+    )
+    return 1 - alike / within if within else np.nan
+
+
+def untrained(runs: pd.DataFrame, by: Sequence[str] = ("model",), *, drawn_anew: bool = True) -> pd.DataFrame:
     """Of the excess of mean |cos(X, X′)| over random directions: what is left with an untrained module in its place.
 
     A row a group of GCA0's runs with its default gate and heads that measured both kinds: `own`, the module set back to
     the weights of the run's start, and `fresh`, a module drawn anew. What the first keeps and the second does not is in
-    the rest of the model, which was trained through those weights. Then `excess` itself, and `runs`.
+    the rest of the model, which was trained through those weights. Then `excess` itself, and `runs`. Without
+    `drawn_anew`, of the other runs, which measured the first kind only.
     """
-    rows = alignment(runs).query("point == 0 and variant == 'GCA0'").dropna(subset=["null_fresh_mean_abs"])
+    rows = alignment(runs).query("point == 0 and variant == 'GCA0'")
+    rows = rows[rows["null_fresh_mean_abs"].notna() == drawn_anew]
     grouped = rows.groupby(list(by), sort=False)
     means = grouped[["cos_mean_abs", "null_init_mean_abs", "null_fresh_mean_abs", "null_mean_abs"]].mean()
     excess, own, fresh = (means.iloc[:, place] - means["null_mean_abs"] for place in range(3))

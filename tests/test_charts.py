@@ -246,6 +246,10 @@ def test_a_null_that_was_not_measured_is_not_in_the_legend():
         frame = nulls() if values is None else nulls().assign(null_fresh_mean_abs=values)
         spec = json.dumps(charts.against_nulls(frame, title="T").to_dict())
         assert ("drawn anew" in spec) is shown and "NaN" not in spec
+    assert "after the gate" not in spec  # unless the frame has it
+    rows = charts.against_nulls(nulls().assign(cos_gated=0.3), title="T").to_dict()["datasets"].values()
+    (gated,) = [[row for row in table if row["kind"] == "gated"] for table in rows]
+    assert gated and {row["value"] for row in gated} == {0.3} and {row["what"][:14] for row in gated} == {"after the gate"}
 
 
 def test_runs_without_the_module_leave_its_curves_alone():

@@ -80,6 +80,27 @@ def test_what_an_untrained_module_keeps_is_a_share_of_the_excess_over_chance() -
     assert claims.untrained(measured, ["model", "pair"])["runs"].tolist() == [3, 3]
 
 
+def test_runs_without_a_module_drawn_anew_are_told_apart() -> None:
+    runs = study({}, cosine=0.15, untrained=0.14)
+    fresh = {f"test.{letter}.gca0.null_fresh_mean_abs": 0.11 for letter in "ab"}
+    some = runs.assign(**fresh)
+    some.loc[some["pair"] == "three", list(fresh)] = None
+    (row,) = claims.untrained(some, ["pair"], drawn_anew=False).reset_index().to_dict("records")
+    assert (row["pair"], row["runs"]) == ("three", 3) and np.isnan(row["fresh"])
+    assert row["own"] == pytest.approx(0.04 / row["excess"])
+    assert len(claims.untrained(runs, drawn_anew=False)) == 1 and claims.untrained(runs).empty
+
+
+def test_the_cosine_of_mean_lengths_is_taken_on_both_sides_of_the_gate() -> None:
+    runs = study({})
+    assert claims.alignment(runs)[["cos_gated", "cos_ungated"]].isna().all(axis=None)  # recorded without lengths
+    lengths = {"norm_along": 3.0, "norm_across": 4.0, "gated_norm_along": 5.0, "gated_norm_across": 12.0}
+    places = [f"test.{letter}.gca{point}" for letter in "ab" for point in (0, 1, 2)]
+    rows = claims.alignment(runs.assign(**{f"{place}.{name}": lengths[name] for place in places for name in lengths}))
+    assert rows["cos_ungated"].to_numpy() == pytest.approx(0.6)
+    assert rows["cos_gated"].to_numpy() == pytest.approx(5 / 13)
+
+
 @pytest.mark.parametrize(("gain", "word"), [(5.0, "refuted"), (-5.0, "confirmed")])
 def test_the_widened_baseline_is_what_c4_compares_with(gain: float, word: str) -> None:
     runs = study({"widened": gain})
@@ -100,6 +121,39 @@ def test_cosine_and_ranking_are_related_within_pair_and_point(slope: float, word
     assert words(found) == {word} and found["part"].tolist() == ["A", "B"]
     rows = 3 * 3 * 6  # pairs, seeds, variants with cross-attention: a run is one row, whatever its points
     assert found["n"].tolist() == [rows, rows]
+
+
+def test_within_cells_is_what_c2_is_judged_by() -> None:
+    runs = study({}, slope=-1.0)
+    found, judged = claims.within_cells(claims.first_points(runs)), claims.orthogonal_is_better(runs)
+    assert found["r"].to_numpy() == pytest.approx(judged["ours"].to_numpy(float))
+    loose = claims.within_cells(claims.first_points(study({}))).sort_values("p")
+    assert loose["p"].min() > 0.001 and loose["holm"].tolist() == pytest.approx(
+        [min(1, 2 * loose["p"].min()), min(1, max(2 * loose["p"].min(), loose["p"].max()))]
+    )
+    assert found["said"].tolist() == [claims.figure(row) for row in judged.to_dict("records")]
+    one = claims.first_points(runs[(runs["pair"] == "one") & (runs["variant"] == "GCA0")])
+    assert claims.within_cells(one).empty
+    seeds = claims.within_cells(claims.first_points(runs), cells=["run_id"])  # a run is alone in its cell
+    assert seeds["r"].isna().all() and seeds["holm"].isna().all() and set(seeds["said"]) == {"too few runs"}
+
+
+def test_the_share_between_variants_is_one_where_runs_of_a_variant_agree() -> None:
+    rows = pd.DataFrame({"pair": "p", "point": 0, "variant": list("aabb"), "cos_mean_abs": [0.1, 0.1, 0.3, 0.3]})
+    assert claims.between_variants(rows) == pytest.approx(1)
+    mixed = rows.assign(cos_mean_abs=[0.1, 0.3, 0.1, 0.3])
+    assert claims.between_variants(mixed) == pytest.approx(0)
+    assert np.isnan(claims.between_variants(rows.assign(cos_mean_abs=0.1)))
+
+
+def test_what_weakens_a_word_is_said_of_each_row_that_excludes_zero() -> None:
+    assert claims.caveats(study({})) == []
+    weak = claims.caveats(study({}, slope=-1.0, follows=1.0))
+    assert [text[:14] for text in weak] == ["C2, ABXI, A: -", "C2, ABXI, B: -", "C6, ABXI: +0.9"]
+    assert all("is one of 2 rows" in text and "after the gate too few runs." in text for text in weak[:2])
+    over_pairs = claims.independent(study({}, follows=1.0), ["pair"]).iloc[0]
+    assert over_pairs["n"] == 3 and over_pairs["of"] == "pairs" and over_pairs["verdict"] == "undecided"  # three dots
+    assert weak[2].endswith("over the 3 independent pairs it is too few runs, a weak refutation.")
 
 
 def test_a_correlation_within_one_cell_is_undecided() -> None:
