@@ -249,7 +249,7 @@ def test_a_null_that_was_not_measured_is_not_in_the_legend():
     assert "after the gate" not in spec  # unless the frame has it
     rows = charts.against_nulls(nulls().assign(cos_gated=0.3), title="T").to_dict()["datasets"].values()
     (gated,) = [[row for row in table if row["kind"] == "gated"] for table in rows]
-    assert gated and {row["value"] for row in gated} == {0.3} and {row["what"][:14] for row in gated} == {"after the gate"}
+    assert gated and {(row["value"], row["what"][:14]) for row in gated} == {(0.3, "after the gate")}
 
 
 def test_runs_without_the_module_leave_its_curves_alone():
