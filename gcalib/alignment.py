@@ -9,7 +9,8 @@ A cosine says something only against what it would be if X' had nothing to do wi
 1. `null_mean_abs`, analytic: E|cos| of two independent directions, uniform on the sphere of R^d, is
    `Gamma(d / 2) / (sqrt(pi) Gamma((d + 1) / 2))`, close to `sqrt(2 / (pi d))`: 0.100 at d = 64, 0.050 at d = 256.
 2. `null_perm_signed`, `null_perm_mean_abs`, by permutation: X' of another user at the same position. It keeps what all
-   users share, such as a common direction of all updates, which the analytic null knows nothing about.
+   users share, such as a common direction of all updates, which the analytic null knows nothing about. What is added to
+   X is gate * X', whose cosine and permutation null are measured beside it (`gated_`).
 3. An untrained module in the trained model: measure it with another `AlignmentMeter`. Drawn anew, it is what the
    architecture does by itself to these states. Set back to the start of the run it is no null of independence: the
    embeddings were trained through that very draw, and may have adapted to it (`gcalib.experiments` records both).
@@ -51,6 +52,10 @@ INVARIANT_TO: dict[str, frozenset[str]] = {
     "norm_across": frozenset({_ROTATION, _SCALE_X}) | _SIGNS,
     "gated_norm_along": frozenset({_SCALE_X}) | _SIGNS,  # the gate works feature by feature, which a rotation mixes
     "gated_norm_across": frozenset({_SCALE_X}) | _SIGNS,
+    "gated_cos_signed": frozenset({_SCALE_X, _SCALE_X_PRIME}),
+    "gated_cos_mean_abs": frozenset({_SCALE_X, _SCALE_X_PRIME}) | _SIGNS,
+    "gated_null_perm_signed": frozenset({_SCALE_X, _SCALE_X_PRIME}),
+    "gated_null_perm_mean_abs": frozenset({_SCALE_X, _SCALE_X_PRIME}) | _SIGNS,
 }
 
 
@@ -83,7 +88,9 @@ def cosine(
         - `norm_x`, `norm_x_prime`, `norm_along`, `norm_across`: mean Euclidean norms of x, of x', and of the components
           of x' along x and across it.
         - with y: `cos_xy_signed`, `cos_xy_abs_of_mean`, `cos_xy_mean_abs`, where y is not zero.
-        - with gate: `gated_norm_along`, `gated_norm_across`, the same split of gate * x'.
+        - with gate: `gated_norm_along`, `gated_norm_across`, the same split of gate * x', which is what is added to x;
+          `gated_cos_signed`, `gated_cos_mean_abs`, its cosine with x; `gated_null_perm_signed`,
+          `gated_null_perm_mean_abs`, what another user's would have, each where something is let through.
         - `rows`: positions measured. `rows_without_update`, `rows_without_x`: real positions where x', or x, is exactly
           zero, so that there is no direction; they enter no cosine and no norm.
 
@@ -166,7 +173,12 @@ class AlignmentMeter:
             self._add("norm_x_prime", _norm(P))
             self._add_split("norm", U, P)
             if "gate" in flat:
-                self._add_split("gated_norm", U, flat["gate"][rows].double() * P)
+                added, theirs = flat["gate"][rows].double() * P, flat["gate"][others].double() * Q
+                self._add_split("gated_norm", U, added)
+                # a gate may let nothing through: then there is no direction
+                for name, update, rows_of in (("gated_cos", added, ...), ("gated_null_perm", theirs, exchanged)):
+                    length = _norm(update)
+                    self._add_cosines(name, (_dot(U, update) / length)[rows_of][(length > 0)[rows_of]])
 
     def result(self) -> dict[str, float]:
         """All measures so far, as `cosine` returns them.

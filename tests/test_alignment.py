@@ -112,6 +112,10 @@ def test_by_hand():
         "norm_across": 8 / 3,
         "gated_norm_along": 5 / 3,
         "gated_norm_across": 6.5 / 3,
+        "gated_cos_signed": (-1 - 4 / 18.25**0.5) / 3,
+        "gated_cos_mean_abs": (1 + 4 / 18.25**0.5) / 3,
+        "gated_null_perm_signed": (-1 + 1.5 / 18.25**0.5) / 2,
+        "gated_null_perm_mean_abs": (1 + 1.5 / 18.25**0.5) / 2,
         "cos_xy_signed": 0.5,
         "cos_xy_abs_of_mean": 0.5,
         "cos_xy_mean_abs": 0.5,
@@ -143,6 +147,18 @@ def test_rows_without_a_direction_are_counted_not_measured():
     again = cosine(**batch)
     for name in ("cos_signed", "norm_x", "norm_across", "gated_norm_along"):
         assert again[name] == pytest.approx(found[name])
+
+
+def test_a_gate_that_lets_nothing_through_has_no_cosine():
+    batch = draw(1)
+    shut = torch.zeros_like(batch["gate"])
+    found = cosine(**{**batch, "gate": shut})
+    assert math.isnan(found["gated_cos_mean_abs"]) and math.isnan(found["gated_null_perm_mean_abs"])
+    shut[1, -1] = batch["gate"][1, -1]  # but for one row
+    found = cosine(**{**batch, "gate": shut})
+    added, x = (batch["gate"] * batch["x_prime"])[1, -1].double(), batch["x"][1, -1].double()
+    assert found["gated_cos_signed"] == pytest.approx(float(added @ x / (added.norm() * x.norm())))
+    assert found["gated_norm_along"] > 0 and math.isfinite(found["gated_null_perm_mean_abs"])
 
 
 def test_no_update_anywhere_is_nan_with_its_count():
