@@ -116,6 +116,9 @@ class RunConfig(BaseModel):
     objective: Literal["published", "infonce"] = Field(
         "published", description="binary cross-entropy against sampled negatives, as published, or InfoNCE as in ABXI"
     )
+    weight_average: float = Field(
+        0.0, ge=0.0, lt=1.0, description="decay a step of a moving average of the weights, which is then what ranks"
+    )
     epochs: int = Field(300, ge=1, description="the maximum; early stopping usually ends a run before")
     batch_size: int = Field(256, ge=1, description="users a step")
     lr: float = Field(1e-3, gt=0.0)

@@ -16,11 +16,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gcalib.config import RunConfig
@@ -115,6 +116,11 @@ class Trainer:
     ----------
     device
         Where to train.
+
+    Attributes
+    ----------
+    averaged
+        The moving average of the model's weights, if `config.weight_average` asks for one.
     """
 
     def __init__(self, config: RunConfig, pair: Pair, device: torch.device) -> None:
@@ -123,10 +129,20 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
+        self.averaged = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.weight_average), use_buffers=True)
+            if config.weight_average
+            else None
+        )
         self.rng = np.random.default_rng([config.seed, 1])
         training = pair.split("val")  # its histories are all that training may see
         self.sequences = [training.history(user) for user in range(pair.num_users)]
         self.lengths = training.lengths
+
+    @property
+    def evaluated(self) -> Recommender:
+        """The model that is validated and kept: the average, where there is one."""
+        return self.model if self.averaged is None else cast(Recommender, self.averaged.module)
 
     def batch(self, users: np.ndarray) -> Batch:
         """Training batch of some users."""
@@ -146,6 +162,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def epoch(self, lr: float) -> dict[str, float]:
@@ -272,7 +290,7 @@ def _fit(
     if not MODELS[config.model].trained:
         return _counted(config, pair)
     trainer = Trainer(config, pair, device)
-    state, best_model = _State(), copy.deepcopy(trainer.model.state_dict())
+    state, best_model = _State(), copy.deepcopy(trainer.evaluated.state_dict())
     if checkpoint is not None and checkpoint.exists():
         try:
             content = _load(checkpoint)
@@ -287,7 +305,7 @@ def _fit(
     protocols = tuple({"full", config.select})
 
     def validate() -> dict[str, float]:
-        found = evaluate(trainer.model, pair, "val", protocols=protocols, device=device)
+        found = evaluate(trainer.evaluated, pair, "val", protocols=protocols, device=device)
         for domain, name in zip("ab", pair.domains, strict=True):
             if not found[f"{domain}.targets"]:
                 what = "no user's validation target lies in it, and the best epoch is picked by both domains"
@@ -307,7 +325,7 @@ def _fit(
         quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
         if quality > state.best:
             state.best, state.best_epoch, state.waited, state.waited_at_lr = quality, state.epoch, 0, 0
-            best_model = copy.deepcopy(trainer.model.state_dict())
+            best_model = copy.deepcopy(trainer.evaluated.state_dict())
         elif state.epoch > config.warmup_epochs:
             state.waited += 1
             state.waited_at_lr += 1
@@ -363,6 +381,7 @@ def _save(path: Path, trainer: Trainer, state: _State, best_model: dict[str, Ten
         "data_sha256": trainer.pair.sha256,
         "state": vars(state),
         "model": trainer.model.state_dict(),
+        "averaged": None if trainer.averaged is None else trainer.averaged.state_dict(),
         "best_model": best_model,
         "optimizer": trainer.optimizer.state_dict(),
         **_rng(trainer.device),
@@ -392,6 +411,8 @@ def _restore(content: dict[str, Any], path: Path, trainer: Trainer) -> tuple[_St
     if RunConfig(**content["config"]) != trainer.config or content["data_sha256"] != trainer.pair.sha256:
         raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one anew.")
     trainer.model.load_state_dict(content["model"])
+    if trainer.averaged is not None:
+        trainer.averaged.load_state_dict(content["averaged"])
     trainer.optimizer.load_state_dict(content["optimizer"])
     _set_rng(content, trainer.device)
     trainer.rng.bit_generator.state = content["sampler"]

@@ -64,8 +64,10 @@ def test_two_runs_of_one_seed_are_the_same_bits(tmp_path: Path) -> None:
     assert comparable(run(tiny_config(seed=1), tmp_path / "one")) != comparable(first)
 
 
-@pytest.mark.parametrize("gca", [(), (0, 1)])
-def test_an_interrupted_fit_ends_as_an_undisturbed_one(pair: Pair, tmp_path: Path, gca: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"gca": (0, 1)}, {"weight_average": 0.9}])
+def test_an_interrupted_fit_ends_as_an_undisturbed_one(
+    pair: Pair, tmp_path: Path, changes: dict[str, object]
+) -> None:
     class Stop(Exception):
         pass
 
@@ -73,7 +75,7 @@ def test_an_interrupted_fit_ends_as_an_undisturbed_one(pair: Pair, tmp_path: Pat
         if epoch == 2:
             raise Stop
 
-    config = tiny_config(gca=gca, warmup_epochs=1, plateau_patience=0, stop_patience=3, epochs=6)
+    config = tiny_config(**changes, warmup_epochs=1, plateau_patience=0, stop_patience=3, epochs=6)
     undisturbed = fit(config, pair, device="cpu")
     checkpoint = tmp_path / "run.pt"
     with pytest.raises(Stop):
@@ -83,6 +85,30 @@ def test_an_interrupted_fit_ends_as_an_undisturbed_one(pair: Pair, tmp_path: Pat
     assert resumed.curves == undisturbed.curves
     weights = undisturbed.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
+
+
+def test_the_average_of_the_weights_is_what_is_ranked(pair: Pair) -> None:
+    """It follows the weights as a moving average does, from the end of the first step on, and leaves training alone."""
+    config = tiny_config(epochs=2, warmup_epochs=0)
+    plain, followed = (Trainer(config.but(weight_average=decay), pair, torch.device("cpu")) for decay in (0.0, 0.8))
+    followed.model.load_state_dict(plain.model.state_dict())
+    wanted: dict[str, torch.Tensor] = {}
+    for _ in range(3):
+        for trainer in (plain, followed):
+            torch.manual_seed(7)
+            trainer.model.train()
+            trainer.step(np.arange(20))
+        for name, value in plain.model.state_dict().items():
+            wanted[name] = 0.8 * wanted[name] + 0.2 * value if name in wanted else value.clone()
+    for name, value in followed.model.state_dict().items():
+        assert torch.equal(value, plain.model.state_dict()[name])  # training goes on as without
+        assert torch.allclose(followed.evaluated.state_dict()[name], wanted[name], rtol=0, atol=1e-6)
+    assert plain.evaluated is plain.model and followed.evaluated is not followed.model
+    done = fit(config.but(weight_average=0.8), pair, device="cpu")
+    assert evaluate(done.model, pair, "val")["a.full.mrr"] == done.curves[done.best_epoch]["val.a.full.mrr"]
+    without = fit(config, pair, device="cpu").curves
+    assert done.curves[0] == without[0] and done.curves[1]["loss_a"] == without[1]["loss_a"]
+    assert done.curves[1]["val.a.full.mrr"] != without[1]["val.a.full.mrr"]
 
 
 def test_a_killed_run_ends_in_the_same_record(tmp_path: Path) -> None:
