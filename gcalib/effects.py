@@ -165,12 +165,12 @@ def alignment(runs: pd.DataFrame) -> pd.DataFrame:
 
     `cos_ungated` and `cos_gated` are the cosines that mean lengths imply, along / hypot(along, across), of X' and of
     what is added to X, gate * X': ratios of means, in which long updates weigh more, and no means of |cos|. What a run
-    was recorded without is nan, such as `null_fresh_mean_abs` in older ones.
+    was recorded without is nan, such as `null_fresh_mean_abs` and `gated_cos_mean_abs` in older ones.
     """
     names = [
         "cos_mean_abs", "cos_xy_mean_abs", "null_mean_abs", "null_perm_mean_abs", "null_init_mean_abs",
         "null_fresh_mean_abs", "cos_signed", "cos_abs_of_mean", "norm_along", "norm_across", "gated_norm_along",
-        "gated_norm_across",
+        "gated_norm_across", "gated_cos_mean_abs", "gated_null_perm_mean_abs",
     ]  # fmt: skip
     same = one_width(runs)
     every = [f"test.{letter}.gca{point}.{name}" for letter in "ab" for point in (0, 1, 2) for name in names[5:]]

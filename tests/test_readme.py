@@ -100,6 +100,14 @@ def test_the_gate_s_cosines_are_those_of_the_records(study: pd.DataFrame) -> Non
     assert len(before) == 3 and f"{', '.join(before)}, on the same pairs and seeds" in README
     assert f"through either gate: {', '.join(after)}, tanh and sigmoid" in README
     assert f"random directions have {rows['null_mean_abs'].mean():.2f}" in README
+    whole = rows[rows["variant"].isin(["GCA0", "GCA0, tanh"])].dropna(subset=["gated_cos_mean_abs"])
+    told = []
+    for model, part in whole.groupby("model", sort=False):
+        own, other = (part.groupby("gate")[name].mean() for name in ("gated_cos_mean_abs", "gated_null_perm_mean_abs"))
+        assert (own > other + claims.NEAR).all(), model  # "against", through either gate
+        mine, theirs = (f"{one['tanh']:.2f} and {one['sigmoid']:.2f}" for one in (own, other))
+        told.append(f"{mine} against {theirs} ({model})")
+    assert f"{', '.join(told)}, in {whole['run_id'].nunique()} newer runs" in README
 
 
 def test_what_an_untrained_module_keeps_is_what_the_records_say(study: pd.DataFrame) -> None:
