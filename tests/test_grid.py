@@ -444,5 +444,5 @@ def test_a_ray_cluster_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_missing_ray_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"engine='ray' needs Ray: pip install 'gcalib\[cluster\]'"):
+    with pytest.raises(ValueError, match=r"engine='ray' needs Ray: pip install -e '.\[cluster\]' in a clone"):
         run_grid([tiny_config()], tmp_path, engine="ray")

