@@ -175,10 +175,8 @@ class AlignmentMeter:
             if "gate" in flat:
                 added, theirs = flat["gate"][rows].double() * P, flat["gate"][others].double() * Q
                 self._add_split("gated_norm", U, added)
-                # a gate may let nothing through: then there is no direction
-                for name, update, rows_of in (("gated_cos", added, ...), ("gated_null_perm", theirs, exchanged)):
-                    length = _norm(update)
-                    self._add_cosines(name, (_dot(U, update) / length)[rows_of][(length > 0)[rows_of]])
+                self._add_cosines("gated_cos", _cosines(U, added))
+                self._add_cosines("gated_null_perm", _cosines(U[exchanged], theirs[exchanged]))
 
     def result(self) -> dict[str, float]:
         """All measures so far, as `cosine` returns them.
@@ -253,6 +251,12 @@ def _dot(first: Float[Tensor, "rows dim"], second: Float[Tensor, "rows dim"]) ->
 
 def _norm(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
     return _dot(rows, rows).sqrt()  # several times faster than torch's norm of float64 rows
+
+
+def _cosines(unit: Float[Tensor, "rows dim"], update: Float[Tensor, "rows dim"]) -> Float[Tensor, " some_rows"]:
+    """Cosines with unit vectors, of the rows that have a direction: a gate may let nothing through."""
+    length = _norm(update)
+    return (_dot(unit, update) / length)[length > 0]
 
 
 def _age(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:

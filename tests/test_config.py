@@ -255,3 +255,8 @@ def test_profiles_are_found_from_any_working_directory(tmp_path: Path, monkeypat
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "mine.yaml").write_text("pair: synthetic\n")
     assert notebook_parameters(notebook(profile="mine")).pair == "synthetic"
+
+
+def test_the_two_profiles_of_food_kitchen_have_the_settings_that_one_search_found() -> None:
+    one, other = (Profile.load(name, Path(__file__).parents[1] / "params") for name in ("food-kitchen", "baselines"))
+    assert (one.pair, one.settings, one.rules) == (other.pair, other.settings, other.rules)

@@ -103,7 +103,8 @@ def test_operations_are_counted_on_the_device_that_holds_the_model(
 ) -> None:
     """As after a run on a GPU, for which torch's device without memory stands here."""
     gca = () if model.startswith("sasrec") else (0,)
-    asked = RunConfig(pair="synthetic", model=model, dim=8, heads=2, gca=gca, **_text_of(model))
+    text = {"text": "hashed-words"} if model == "llm4cdsr" else {}
+    asked = RunConfig(pair="synthetic", model=model, dim=8, heads=2, gca=gca, **text)
     built = build_model(asked, pair).to("meta")
     seen = set()
 
@@ -114,7 +115,3 @@ def test_operations_are_counted_on_the_device_that_holds_the_model(
 
     monkeypatch.setattr(built, "loss", loss)
     assert flops_per_step(built, pair, 16) > 0 and seen == {"meta"}
-
-
-def _text_of(model: str) -> dict[str, str]:
-    return {"text": "hashed-words"} if model == "llm4cdsr" else {}

@@ -181,6 +181,10 @@ def test_one_s_own_folder_of_a_published_name_gets_no_published_texts(tmp_path: 
     pair = load_pair(folder_of(tmp_path).rename(tmp_path / "sport-phone"))
     assert pair.name == "sport-phone (own data)" and pair.domains == ("sport", "phone")
     assert item_text(pair).sources == ("none", "none")
+    for name, first in (("sport", 1), ("phone", 5)):
+        (tmp_path / f"{name}.txt").write_text(f"u {first}|1 {first + 1}|2 {first + 2}|3 {first + 3}|4\n")
+    two = load_pair(f"{tmp_path / 'sport.txt'} + {tmp_path / 'phone.txt'}")
+    assert two.name == "sport-phone (own data)" and item_text(two).sources == ("none", "none")
 
 
 def test_a_file_of_titles_may_begin_with_a_mark_of_its_encoding(tmp_path: Path) -> None:

@@ -51,12 +51,10 @@ def read_path(path: str | Path, options: Options, columns: str | None = None, kn
     maps = [file for file in files if "map_item" in file.name]
     events = [file for file in files if file.name.endswith(SUFFIXES) and "map_" not in file.name]
     name = folder.resolve().name
-    parts = name.split("-")
-    if name in known:
-        name += " (own data)"  # by the bare name it would be taken for the published pair, and given its texts
     if len(maps) == 1 and len(events) == 1:
         if columns is not None:
             raise ValueError(f"columns={columns!r} is for ratings csv files; {folder} holds a prepared pair.")
+        parts = name.split("-")
         domains = (parts[0], parts[1]) if len(parts) == 2 and all(parts) else ("a", "b")
         table, sizes, has_clock = read_prepared(events[0], maps[0])
         return finish(

@@ -85,7 +85,9 @@ def load_pair(
         return synthetic_pair(**parse_name(name), options=options)
     if name in PAIRS:
         return load_published(name, options)
-    return read_path(name_or_path, options, columns, known=("synthetic", *PAIRS))
+    pair = read_path(name_or_path, options, columns, known=("synthetic", *PAIRS))
+    # by a published name, one's own data would be given the published texts
+    return replace(pair, name=f"{pair.name} (own data)") if pair.name in PAIRS else pair
 
 
 def load_published(name: str, options: Options | None = None, download: bool = True) -> Pair:
