@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from gcalib import relations, stats
+from gcalib import relations, stats, tables
 from gcalib.effects import (
     CELLS,
     METRIC,
@@ -30,6 +30,7 @@ from gcalib.effects import (
     STEPS,
     alignment,
     between_variants,
+    by_case,
     by_patience,
     comparable,
     effect,
@@ -46,10 +47,10 @@ from gcalib.verdicts import TEXTS, by_measure, figure, in_short, overall
 
 __all__ = [
     "CELLS", "COLUMNS", "MARGIN", "METRIC", "NEAR", "PROTOCOLS", "STEPS", "TEXTS", "alignment", "between_variants",
-    "by_measure", "by_patience", "caveats", "comparable", "depth", "early", "effect", "figure", "first_points",
-    "in_short", "independent", "judge", "lies_within", "matched", "one_width", "orthogonal_is_better", "overall",
-    "patience_lacking", "protocols_apart", "published", "same_level", "seeds_needed", "steps", "under_protocols",
-    "untrained", "within_cells",
+    "by_case", "by_measure", "by_patience", "caveats", "comparable", "depth", "early", "effect", "figure",
+    "first_points", "in_short", "independent", "judge", "lies_within", "matched", "one_width", "orthogonal_is_better",
+    "overall", "patience_lacking", "protocols_apart", "published", "same_level", "seeds_needed", "steps",
+    "under_protocols", "untrained", "within_cells",
 ]  # fmt: skip
 
 NEAR = 0.02  # a cosine no further than that from a null is said to lie at it
@@ -75,10 +76,21 @@ def _gains(runs: pd.DataFrame, claim: str, base: str, variant: str, metric: str)
     found = effect(runs, base, [variant], metric).rename(columns={"mean": "ours"})
     words = [stats.verdict(low, high) for low, high in found[["low", "high"]].to_numpy(float)]
     question = f"{variant} against {base}, {metric.rpartition('.')[2].upper()}"
-    return found.assign(
+    rows = found.assign(
         claim=claim, part="", question=question, level=0.95, unit="%", verdict=words,
         of="pairs of runs", runs=2 * found["n"],
     )[COLUMNS]  # fmt: skip
+    return _with_all(rows, runs, claim, question)
+
+
+def _with_all(
+    rows: pd.DataFrame, runs: pd.DataFrame, claim: str, question: str, parts: Sequence[str] = ("",)
+) -> pd.DataFrame:
+    """Rows, and undecided ones for the baselines among the runs that could not be asked: `overall` is about each."""
+    lacking = [name for name in tables.BASELINES if name in set(runs["model"]) - set(rows["model"])]
+    nothing = (np.nan, np.nan, np.nan, np.nan, "", "undecided", 0, "runs", 0)
+    more = [(claim, name, part, question, *nothing) for name in lacking for part in parts]
+    return pd.concat([rows, pd.DataFrame(more, columns=COLUMNS)], ignore_index=True) if lacking else rows
 
 
 def early(runs: pd.DataFrame, metric: str = METRIC) -> pd.DataFrame:
@@ -94,10 +106,18 @@ def matched(runs: pd.DataFrame, metric: str = METRIC) -> pd.DataFrame:
 def under_protocols(runs: pd.DataFrame) -> pd.DataFrame:
     """C1 and C4 as they would be judged by other candidates or by AUC: their rows, with a column `protocol`.
 
-    Protocols for which the runs have no figure (a pair with too few items) are left out.
+    `cases` is how many pairs a model was compared on, and `clear` on how many of them the interval of that pair alone
+    lies above zero. Protocols for which the runs have no figure (a pair with too few items) are left out.
     """
     there = {name: metric for name, metric in PROTOCOLS.items() if f"test.a.{metric}" in runs}
-    found = [one(runs, metric).assign(protocol=name) for name, metric in there.items() for one in (early, matched)]
+    found = []
+    for name, metric in there.items():
+        for judge_one, base in ((early, "plain"), (matched, "widened")):
+            apart = by_case(runs, base, "GCA0", metric)
+            alone = apart.assign(clear=apart["low"] > 0).groupby("model")["clear"].agg(["sum", "size"])
+            rows = judge_one(runs, metric).assign(protocol=name)
+            counts = alone.reindex(rows["model"], fill_value=0).to_numpy(int)
+            found.append(rows.assign(clear=counts[:, 0], cases=counts[:, 1]))
     return pd.concat(found, ignore_index=True)
 
 
@@ -117,7 +137,7 @@ def orthogonal_is_better(runs: pd.DataFrame) -> pd.DataFrame:
         question = "r of mean |cos(X, X′)| with NDCG@10, within pair and point"
         word = stats.verdict(low, high, expected=-1)
         rows.append(("C2", model, domain, question, r, low, high, 0.95, "r", word, len(part), "runs", len(part)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return _with_all(pd.DataFrame(rows, columns=COLUMNS), runs, "C2", "no runs with cross-attention", ("A", "B"))
 
 
 def lies_within(low: float, high: float, band: tuple[float, float]) -> str:
@@ -158,7 +178,7 @@ def same_level(runs: pd.DataFrame) -> pd.DataFrame:
         question = "mean |cos(X, X′)| at point 0, less that of the module set back to its start"
         word = stats.verdict(mean["low"], mean["high"], expected=-1)
         rows.append(("C3", model, "rise", question, mean["mean"], mean["low"], mean["high"], 0.95, "", word, *counted))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return _with_all(pd.DataFrame(rows, columns=COLUMNS), runs, "C3", "no runs of GCA0", ("level", "rise"))
 
 
 def depth(runs: pd.DataFrame) -> pd.DataFrame:
@@ -205,7 +225,7 @@ def independent(runs: pd.DataFrame, over: Sequence[str] = ("pair", "domain")) ->
         question = f"r of |cos(X, Y)| with |cos(X, X′)| over {counts}"
         counted = (len(part), counts, int((early_only["model"] == model).sum() / 2))
         rows.append(("C6", model, "", question, r, low, high, 0.95, "r", word, *counted))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return _with_all(pd.DataFrame(rows, columns=COLUMNS), runs, "C6", "no runs of GCA0")
 
 
 def judge(runs: pd.DataFrame) -> pd.DataFrame:
@@ -215,9 +235,10 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def caveats(runs: pd.DataFrame) -> list[str]:
-    """What weakens the rows of C2 and C6 whose interval excludes zero, one sentence each.
+    """What weakens the rows of C2, C3 and C6 whose interval excludes zero, one sentence each.
 
     C2: how many rows were looked at, and whether runs of one variant, or what is added after the gate, show it as well.
+    C3: where the module's own start leaves next to no room for a level in the paper's range below it.
     C6: what is left over pairs, which unlike the domains of one are independent.
     """
     found, points = [], first_points(runs)
@@ -232,6 +253,18 @@ def caveats(runs: pd.DataFrame) -> list[str]:
             f"its p is {row['holm']:.2f}. {share:.0%} of the cosine's variance within pair and point lies between "
             f"variants; among runs of one variant r is {same}, and with the update taken after the gate {after}."
         )
+    default, lowest = alignment(runs).query("point == 0 and variant == 'GCA0'"), published("C3")["found"].min()
+    starts = default.groupby("model")[["null_init_mean_abs", "null_mean_abs"]].mean()
+    levels = same_level(runs).query("part == 'rise' and verdict == 'refuted'")
+    for _, rise in levels.iterrows():
+        start, chance = starts.loc[rise["model"]]
+        if start - lowest < NEAR:
+            found.append(
+                f"C3, {rise['model']}: its module starts at {start:.2f}, where random directions have {chance:.2f} and "
+                f"the paper's range begins at {lowest:.2f}. An end in that range and below the start had next to no "
+                f"room, so the rise of {figure(rise)} says that the update is more aligned than random directions, and "
+                "no more."
+            )
     dots, by_pair = independent(runs), independent(runs, ["pair"]).set_index("model")
     for _, one in dots[dots["verdict"] == "refuted"].iterrows():
         pairs = by_pair.loc[one["model"]]

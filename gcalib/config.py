@@ -335,7 +335,11 @@ class Profile(BaseModel):
 
 def faults(error: ValidationError) -> str:
     """What pydantic found wrong, in one line."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors())
+    tuples = {"tuple_type": "Input should be a list, such as [0, 1]"}  # which is how YAML and notebooks write them
+    return "; ".join(
+        f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {tuples.get(fault['type'], fault['msg'])}"
+        for fault in error.errors()
+    )
 
 
 def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None) -> Profile:
@@ -350,7 +354,17 @@ def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None
         The notebook's `globals()`; modules, private names and what IPython puts there are passed over.
     folder
         Where the profiles are; see `Profile.load`.
+
+    Raises
+    ------
+    ValueError
+        As `Profile.load`; also in a kernel that has run this cell before, whose names are no longer parameters alone.
     """
+    if any(isinstance(value, Profile) for value in namespace.values()):
+        raise ValueError(
+            "This kernel has read its parameters already: for others, change the first cell and run all cells in a "
+            "new kernel (Kernel > Restart Kernel and Run All Cells)."
+        )
     given = {
         name: value
         for name, value in namespace.items()

@@ -42,19 +42,45 @@ def effect(
     metric: str = METRIC,
     level: float = 0.95,
     variance: Literal["pooled", "own"] = "pooled",
+    domain: Literal["A", "B"] | None = None,
 ) -> pd.DataFrame:
     """Change of a metric against a base variant, in percent of the base's mean, model by model.
 
-    Each pair counts alike, and so do its two domains; runs are paired by seed within a pair.
+    Each pair counts alike, and so do its two domains (or one is asked, `domain`); runs are paired by seed within a
+    pair.
 
     Returns
     -------
     pandas.DataFrame
         As `gcalib.stats.stratified_difference`, one row a model and variant.
+
+    Raises
+    ------
+    ValueError
+        If two runs share model, pair, variant and seed, such as those of two patiences.
     """
     long = _by_domain(runs, base, variants, {"value": metric})
+    long = long[long["domain"] == domain] if domain else long
     long = long.assign(value=tables.relative(long, "value", base, ["model", "pair", "domain"]))
     return _within_pairs(long, base, level, variance)
+
+
+def by_case(
+    runs: pd.DataFrame, base: str, variant: str, metric: str = METRIC, domain: Literal["A", "B"] | None = None
+) -> pd.DataFrame:
+    """`effect` in each case (model and pair) by itself, those that have both variants: a mean over pairs may hide that
+    one of them makes it.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `model`, `pair`, then `n`, `mean`, `low`, `high`, `p` as in `effect`.
+    """
+    found, columns = [], ["model", "pair", "n", "mean", "low", "high", "p"]
+    for (_, pair), mine in one_width(runs).groupby(["model", "pair"], sort=False):
+        if {base, variant} <= set(mine["variant"]):
+            found.append(effect(mine, base, [variant], metric, domain=domain).assign(pair=str(pair))[columns])
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
 
 def steps(runs: pd.DataFrame) -> pd.DataFrame:
@@ -106,6 +132,13 @@ def _within_pairs(
     long: pd.DataFrame, base: str, level: float = 0.95, variance: Literal["pooled", "own"] = "pooled"
 ) -> pd.DataFrame:
     """Differences of `value` from the base, mean over domains, paired by seed within each pair."""
+    run = ["model", "pair", "variant", "seed"]
+    twice = long[long.duplicated([*run, "domain"])]
+    if len(twice):  # their mean would pass for one run
+        raise ValueError(
+            f"Several runs are {', '.join(map(str, twice[run].iloc[0]))} (model, pair, variant, seed): keep one of "
+            "each, such as those of one stop_patience."
+        )
     both = long.groupby(["model", "pair", "variant", "seed"], sort=False)["value"].mean().reset_index()
     return stats.stratified_difference(
         both, "value", strata="pair", pair_on="seed", between="variant", base=base, by="model", level=level,

@@ -41,13 +41,13 @@ def correlations(frame: pd.DataFrame, x: str, y: str, cells: str | Sequence[str]
             Pearson's r after each cell's means are subtracted, with the degrees of freedom that this leaves.
         mixed model
             Slope of a linear model with a random intercept for each cell, both columns in units of their standard
-            deviation within cells, so that it compares to r; Wald interval (REML).
+            deviation within cells, so that it compares to r; Wald interval (REML). Nan where it does not converge.
 
     Raises
     ------
     ValueError
-        For a column that is not there, fewer than two cells with two runs each, a column that never changes within a
-        cell, or a mixed model that does not converge.
+        For a column that is not there, fewer than two cells with two runs each, or a column that never changes within a
+        cell.
     """
     keys = [cells] if isinstance(cells, str) else list(cells)
     missing = [name for name in (x, y, *keys) if name not in frame]
@@ -79,11 +79,12 @@ def _mixed(table: pd.DataFrame, cells: pd.Series, level: float) -> tuple[float, 
         # cells without any variance of their own are an answer too; what matters of the fit is checked below
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # the root of a negative variance: no convergence
         # by values, not gradients: those run to the boundary, where cells do not differ, and stay there
         fitted = model.fit(reml=True, method="powell")
-    slope, error = float(fitted.fe_params[1]), float(fitted.bse_fe[1])
+        slope, error = float(fitted.fe_params[1]), float(fitted.bse_fe[1])
     if not fitted.converged or not np.isfinite(error):
-        raise ValueError(f"The mixed model of {table.columns[1]!r} on {table.columns[0]!r} did not converge.")
+        return np.nan, np.nan, np.nan, np.nan
     half = stats.norm.ppf((1 + level) / 2) * error
     return slope, slope - half, slope + half, float(2 * stats.norm.sf(abs(slope) / error))
 

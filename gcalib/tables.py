@@ -11,6 +11,9 @@ NAMES = {
     "sasrec-mixed": "SASRec, mixed", "popularity": "popularity", "markov": "Markov chain", "item-knn": "item-KNN",
 }  # fmt: skip
 
+BASELINES = [NAMES[name] for name in ("abxi", "llm4cdsr", "cdsrnp")]
+"""The models that the paper's claims are about."""
+
 
 def named(runs: pd.DataFrame) -> pd.DataFrame:
     """Records with columns that name them for a reader.

@@ -56,7 +56,8 @@ def in_short(judged: pd.DataFrame) -> str:
 
 
 def by_measure(measured: pd.DataFrame) -> list[str]:
-    """One sentence a claim: its verdict by the judged measure, and by those that say otherwise.
+    """One sentence a claim: its verdict by the judged measure, and by those that say otherwise, with how many cases
+    (model and pair) would be so by themselves.
 
     Parameters
     ----------
@@ -67,7 +68,12 @@ def by_measure(measured: pd.DataFrame) -> list[str]:
     for claim, part in measured.groupby("claim"):
         word = {str(name): str(overall(rows)["verdict"].item()) for name, rows in part.groupby("protocol", sort=False)}
         judged = next(iter(word))
-        other = [f"{verdict} by {name}" for name, verdict in word.items() if verdict != word[judged]]
+        alone = {str(name): rows[["clear", "cases"]].sum().tolist() for name, rows in part.groupby("protocol")}
+        other = [
+            f"{verdict} by {name} (by itself above zero in {alone[name][0]} of {alone[name][1]} cases)"
+            for name, verdict in word.items()
+            if verdict != word[judged]
+        ]
         ending = f"{' and '.join(other)}" if other else "no other measure changes that"
         said.append(f"{claim} is {word[judged]} by {judged} NDCG@10, {ending}.")
     return said

@@ -147,13 +147,20 @@ def test_the_share_between_variants_is_one_where_runs_of_a_variant_agree() -> No
 
 
 def test_what_weakens_a_word_is_said_of_each_row_that_excludes_zero() -> None:
-    assert claims.caveats(study({})) == []
-    weak = claims.caveats(study({}, slope=-1.0, follows=1.0))
+    assert claims.caveats(study({}, untrained=0.3)) == []
+    weak = claims.caveats(study({}, slope=-1.0, follows=1.0, untrained=0.13))
     assert [text[:14] for text in weak] == ["C2, ABXI, A: -", "C2, ABXI, B: -", "C6, ABXI: +0.9"]
     assert all("is one of 2 rows" in text and "after the gate too few runs." in text for text in weak[:2])
     over_pairs = claims.independent(study({}, follows=1.0), ["pair"]).iloc[0]
     assert over_pairs["n"] == 3 and over_pairs["of"] == "pairs" and over_pairs["verdict"] == "undecided"  # three dots
     assert weak[2].endswith("over the 3 independent pairs it is too few runs, a weak refutation.")
+
+
+def test_a_rise_from_a_start_at_chance_is_no_more_than_a_rise() -> None:
+    (sentence,) = claims.caveats(study({}, cosine=0.15, untrained=0.11))
+    assert sentence.startswith("C3, ABXI: its module starts at 0.11, where random directions have 0.10")
+    assert claims.caveats(study({}, cosine=0.15, untrained=0.13)) == []  # a start with room below it
+    assert claims.caveats(study({}, cosine=0.05, untrained=0.11)) == []  # it fell, from wherever
 
 
 def test_a_correlation_within_one_cell_is_undecided() -> None:
@@ -247,6 +254,42 @@ def test_a_claim_about_every_model_falls_with_one() -> None:
     assert claims.overall(claims.judge(good)).set_index("claim").at["C1", "verdict"] == "confirmed"
 
 
+def test_a_model_that_could_not_be_asked_leaves_a_claim_undecided() -> None:
+    both = study({"GCA0": 5.0}, untrained=0.3, models=("abxi", "cdsrnp"))
+    less = both[(both["model"] == "ABXI") | (both["variant"] == "plain")]
+    judged = claims.judge(less)
+    lacking = judged[judged["model"] == "CDSRNP"]
+    assert set(lacking["claim"]) == set(claims.TEXTS) and words(lacking) == {"undecided"} and not lacking["n"].any()
+    overall = claims.overall(judged).set_index("claim")
+    assert overall.at["C1", "confirmed"] == 1 and overall.at["C1", "verdict"] == "undecided"
+    assert "| +5.0% [" in claims.in_short(judged) and "| no runs |" in claims.in_short(judged)
+    yardstick = both[(both["model"] == "CDSRNP") & (both["variant"] == "plain")].assign(model="popularity")
+    with_it = pd.concat([both, yardstick], ignore_index=True)  # no claim is about it
+    assert set(claims.early(with_it)["model"]) == {"ABXI", "CDSRNP"}
+
+
+def test_a_case_is_an_effect_by_itself() -> None:
+    runs = study({"GCA0": 5.0}, models=("abxi", "cdsrnp"))
+    found = claims.by_case(runs, "plain", "GCA0")
+    assert found[["model", "pair"]].to_numpy().tolist() == [
+        [model, pair] for model in ("ABXI", "CDSRNP") for pair in ("one", "two", "three")
+    ]
+    one = claims.effect(runs[(runs["model"] == "ABXI") & (runs["pair"] == "two")], "plain", ["GCA0"])
+    assert found.loc[1, ["n", "mean", "low", "high"]].tolist() == one.loc[0, ["n", "mean", "low", "high"]].tolist()
+    by_model = found.groupby("model")["mean"].mean()
+    assert by_model["ABXI"] == pytest.approx(claims.early(runs).set_index("model").at["ABXI", "ours"])
+    a, b = (claims.by_case(runs, "plain", "GCA0", domain=domain)["mean"].to_numpy() for domain in ("A", "B"))
+    assert (a != b).all() and found["mean"].to_numpy() == pytest.approx((a + b) / 2)
+    assert claims.by_case(runs[runs["variant"] == "plain"], "plain", "GCA0").empty
+
+
+def test_two_runs_that_go_by_one_name_are_refused() -> None:
+    runs = study({"GCA0": 5.0})
+    longer = runs[(runs["variant"] == "plain") & (runs["pair"] == "one")].assign(stop_patience=40)
+    with pytest.raises(ValueError, match="Several runs are ABXI, one, plain, 0 .*such as those of one stop_patience"):
+        claims.early(pd.concat([runs, longer], ignore_index=True))
+
+
 def test_published_figures_are_those_of_the_paper() -> None:
     early = claims.published("C1")
     assert (early["found"] > early["plain"]).all() and set(early["model"]) <= set(tables.NAMES.values())
@@ -301,12 +344,16 @@ def test_protocols_are_judged_beside_the_first() -> None:
     assert set(found["protocol"]) == {"full", "100 sampled"}
     assert claims.by_measure(found)[0] == "C1 is confirmed by full NDCG@10, no other measure changes that."
     turned = found.assign(verdict=found["verdict"].where(found["protocol"] == "full", "refuted"))
-    assert claims.by_measure(turned)[0] == "C1 is confirmed by full NDCG@10, refuted by 100 sampled."
+    assert claims.by_measure(turned)[0].startswith("C1 is confirmed by full NDCG@10, refuted by 100 sampled (")
     areas = {f"test.{letter}.full.auc": runs[f"test.{letter}.full.ndcg@10"] for letter in "ab"}
     by_area = claims.under_protocols(runs.assign(**areas)).query("protocol == 'AUC'")["question"]
     assert by_area.tolist() == ["GCA0 against plain, AUC", "GCA0 against widened, AUC"]
     full = found[(found["protocol"] == "full") & (found["claim"] == "C1")]
-    pd.testing.assert_frame_equal(full.drop(columns="protocol").reset_index(drop=True), claims.early(runs))
+    columns = ["protocol", "clear", "cases"]
+    pd.testing.assert_frame_equal(full.drop(columns=columns).reset_index(drop=True), claims.early(runs))
+    assert full[["clear", "cases"]].to_numpy().tolist() == [[3, 3]]
+    other = turned.assign(clear=1)
+    assert claims.by_measure(other)[0].endswith("refuted by 100 sampled (by itself above zero in 1 of 3 cases).")
 
 
 def test_more_seeds_are_needed_for_a_smaller_effect() -> None:

@@ -247,6 +247,17 @@ def test_a_misspelt_or_missing_parameter_stops_the_notebook(folder: Path) -> Non
         notebook_parameters(notebook(profile="small", workers="many"), folder)
     with pytest.raises(ValueError, match="must set profile, the name of a file in params/"):
         notebook_parameters(notebook(pair="synthetic"), folder)
+    with pytest.raises(ValueError, match=r"seeds: Input should be a list, such as \[0, 1\]"):
+        notebook_parameters(notebook(profile="small", seeds="[0, 1]"), folder)  # papermill's -p hands over a string
+
+
+def test_a_kernel_in_which_the_notebook_ran_says_to_restart(folder: Path) -> None:
+    names = notebook(profile="small")
+    names["settings"] = notebook_parameters(names, folder)
+    names |= {"sequence": [1, 2], "nA": 3}  # what later cells left behind
+    with pytest.raises(ValueError, match="run all cells in a new kernel") as caught:
+        notebook_parameters(names, folder)
+    assert "nA" not in str(caught.value)
 
 
 def test_profiles_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,22 @@ def test_cells_of_one_level_leave_the_plain_regression() -> None:
     assert found.at["mixed model", "r"] == pytest.approx(found.at["pooled", "r"], abs=0.05)
 
 
+def test_a_mixed_model_that_does_not_converge_leaves_the_other_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = cells(slope=0.5, between=1.0)
+    before = relations.correlations(table, "cos", "ndcg", "pair").set_index("reading")
+    fit = relations.MixedLM.fit
+
+    def unsettled(*args: object, **kwargs: object) -> object:
+        fitted = fit(*args, **kwargs)
+        fitted.converged = False
+        return fitted
+
+    monkeypatch.setattr(relations.MixedLM, "fit", unsettled)
+    found = relations.correlations(table, "cos", "ndcg", "pair").set_index("reading")
+    assert found.loc["mixed model", ["r", "low", "high", "p"]].isna().all() and before["r"].notna().all()
+    pd.testing.assert_frame_equal(found.drop("mixed model"), before.drop("mixed model"))
+
+
 def test_the_intervals_hold_a_zero_relation_as_often_as_they_say() -> None:
     tables = [cells(slope=0.0, between=3.0, runs=8, seed=seed) for seed in range(120)]
     found = pd.concat(relations.correlations(t, "cos", "ndcg", "pair") for t in tables)

@@ -86,9 +86,10 @@ def matched(config: RunConfig, pair: Pair) -> Match:
         wide = best.config if best.size <= target else best.config.but(dim=best.config.dim - best.config.self_heads)
         best = min(best, _search(wide, "hidden", size, target, pair), key=lambda match: match.error)
     if best.error > TOLERANCE:
+        others = [axis for axis in axes if axis != config.match_axis]
         raise ValueError(
             f"{config.model} cannot be matched along {config.match_axis}: the nearest size is {best.size:,}, "
-            f"{best.error:.1%} off the {target:,} of gca={config.gca}; try another of {', '.join(axes)}."
+            f"{best.error:.1%} off the {target:,} of gca={config.gca}; try {' or '.join(others)}."
         )
     return best
 
