@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from gcalib import claims, run_grid, tables
+from gcalib import claims, run_grid, stats, tables
 from gcalib.config import Profile
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,17 @@ def test_the_verdicts_are_those_of_the_records(study: pd.DataFrame) -> None:
 def test_what_other_measures_say_is_what_the_records_say(study: pd.DataFrame) -> None:
     said = " ".join(claims.by_measure(claims.under_protocols(tables.named(study))))
     assert said in README
+
+
+def test_the_papers_own_case_is_what_the_records_say(study: pd.DataFrame) -> None:
+    (theirs,) = claims.published("C1").query("model == 'ABXI' and figure == 'NDCG@10'").to_dict("records")
+    metric = claims.PROTOCOLS["999 sampled"]
+    ours = claims.by_case(tables.named(study), "plain", "GCA0", metric, theirs["domain"])
+    case = study[(study["model"] == "abxi") & (study["pair"] == theirs["pair"]) & (study["gca"] == ())]
+    assert (len(case), set(case["dim"]), set(case["ties"])) == (3, {64}, {"shuffle"})
+    (row,) = ours[(ours["model"] == "ABXI") & (ours["pair"] == theirs["pair"])].to_dict("records")
+    gain = 100 * (theirs["found"] / theirs["plain"] - 1)
+    assert f"the paper gains {gain:+.1f}%, and here it is {stats.said(row['mean'], row['low'], row['high'])}" in README
 
 
 def test_what_weakens_the_verdicts_is_what_the_records_say(study: pd.DataFrame) -> None:
