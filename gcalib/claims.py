@@ -73,9 +73,11 @@ def published(claim: str) -> pd.DataFrame:
 
 
 def _gains(runs: pd.DataFrame, claim: str, base: str, variant: str, metric: str) -> pd.DataFrame:
+    question = f"{variant} against {base}, {metric.rpartition('.')[2].upper()}"
+    if not {base, variant} <= set(one_width(runs)["variant"]):  # in no model
+        return _with_all(pd.DataFrame(columns=COLUMNS), runs, claim, question)
     found = effect(runs, base, [variant], metric).rename(columns={"mean": "ours"})
     words = [stats.verdict(low, high) for low, high in found[["low", "high"]].to_numpy(float)]
-    question = f"{variant} against {base}, {metric.rpartition('.')[2].upper()}"
     rows = found.assign(
         claim=claim, part="", question=question, level=0.95, unit="%", verdict=words,
         of="pairs of runs", runs=2 * found["n"],
@@ -90,7 +92,8 @@ def _with_all(
     lacking = [name for name in tables.BASELINES if name in set(runs["model"]) - set(rows["model"])]
     nothing = (np.nan, np.nan, np.nan, np.nan, "", "undecided", 0, "runs", 0)
     more = [(claim, name, part, question, *nothing) for name in lacking for part in parts]
-    return pd.concat([rows, pd.DataFrame(more, columns=COLUMNS)], ignore_index=True) if lacking else rows
+    there = [table for table in (rows, pd.DataFrame(more, columns=COLUMNS)) if len(table)]
+    return pd.concat(there, ignore_index=True) if there else rows
 
 
 def early(runs: pd.DataFrame, metric: str = METRIC) -> pd.DataFrame:
@@ -189,12 +192,7 @@ def depth(runs: pd.DataFrame) -> pd.DataFrame:
     A model without stacks is undecided.
     """
     rows, found = [], steps(one_width(runs))
-    for model in runs["model"].unique():
-        part = found[found["model"] == model]
-        if not len(part):
-            nothing = (np.nan, np.nan, np.nan, np.nan, "%", "undecided", 0, "pairs of runs", 0)
-            rows.append(("C5", model, "", "no runs with stacks", *nothing))
-            continue
+    for model, part in found.groupby("model", sort=False):
         losing, gains = part[part["high"] < 0], bool((part["low"] > 0).all()) and len(part) == len(STEPS)
         word = "confirmed" if len(losing) else "refuted" if gains else "undecided"
         worst = (losing if len(losing) else part).nsmallest(1, "mean").to_dict("records")[0]
@@ -202,7 +200,7 @@ def depth(runs: pd.DataFrame) -> pd.DataFrame:
         ours = (worst["mean"], worst["low"], worst["high"], worst["level"])
         counted = (int(worst["n"]), "pairs of runs", 2 * int(worst["n"]))
         rows.append(("C5", model, "", question, *ours, "%", word, *counted))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return _with_all(pd.DataFrame(rows, columns=COLUMNS), runs, "C5", "no runs with stacks")
 
 
 def independent(runs: pd.DataFrame, over: Sequence[str] = ("pair", "domain")) -> pd.DataFrame:

@@ -268,6 +268,16 @@ def test_a_model_that_could_not_be_asked_leaves_a_claim_undecided() -> None:
     assert set(claims.early(with_it)["model"]) == {"ABXI", "CDSRNP"}
 
 
+def test_a_grid_without_a_variant_leaves_its_claim_undecided() -> None:
+    runs = study({"GCA0": 5.0}, models=("abxi", "cdsrnp"))
+    judged = claims.judge(runs[runs["variant"] != "widened"])
+    found = judged[judged["claim"] == "C4"]
+    assert found["model"].tolist() == ["ABXI", "CDSRNP"] and words(found) == {"undecided"} and not found["n"].any()
+    pd.testing.assert_frame_equal(judged[judged["claim"] == "C1"], claims.judge(runs)[lambda t: t["claim"] == "C1"])
+    other = claims.under_protocols(runs[runs["variant"] != "widened"])
+    assert other.groupby("claim")["cases"].sum().to_dict() == {"C1": 6, "C4": 0}
+
+
 def test_a_case_is_an_effect_by_itself() -> None:
     runs = study({"GCA0": 5.0}, models=("abxi", "cdsrnp"))
     found = claims.by_case(runs, "plain", "GCA0")
