@@ -121,6 +121,9 @@ class RunConfig(BaseModel):
     )
     epochs: int = Field(300, ge=1, description="the maximum; early stopping usually ends a run before")
     batch_size: int = Field(256, ge=1, description="users a step")
+    batches: Literal["by_length", "shuffled"] = Field(
+        "by_length", description="users of like length share a batch, which spares pads, or any do, as officially"
+    )
     lr: float = Field(1e-3, gt=0.0)
     weight_decay: float = Field(0.1, ge=0.0, description="decoupled (AdamW)")
     warmup_epochs: int = Field(5, ge=0, description="epochs of linear warm-up of the learning rate")

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch, length_batches, make_batch
+from gcalib.data.batches import Batch, length_batches, make_batch, shuffled_batches
 from gcalib.data.pair import Pair
 from gcalib.evaluation import evaluate
 from gcalib.models import MODELS, Recommender, build_model
@@ -166,6 +166,12 @@ class Trainer:
             self.averaged.update_parameters(self.model)
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def _batches(self) -> Iterator[np.ndarray]:
+        size = self.config.batch_size
+        if self.config.batches == "shuffled":
+            return shuffled_batches(len(self.lengths), size, self.rng)
+        return length_batches(self.lengths, size, self.rng)
+
     def epoch(self, lr: float) -> dict[str, float]:
         """One pass over all users; returns the mean losses.
 
@@ -182,7 +188,7 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         total: dict[str, Tensor] = {}
-        for number, users in enumerate(length_batches(self.lengths, self.config.batch_size, self.rng), start=1):
+        for number, users in enumerate(self._batches(), start=1):
             for name, loss in self.step(users).items():
                 total[name] = total.get(name, 0.0) + loss.float() * (len(users) / len(self.lengths))
             if number % TRIM_EVERY == 0:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcalib.data.batches import Batch, length_batches, make_batch
+from gcalib.data.batches import Batch, length_batches, make_batch, shuffled_batches
 
 NUM_A, NUM_B = 6, 7
 SEQUENCES = st.lists(st.lists(st.integers(1, NUM_A + NUM_B), min_size=2, max_size=10), min_size=1, max_size=4)
@@ -192,3 +192,17 @@ def test_an_epoch_s_batches_and_their_order_are_random_and_follow_the_generator(
     generator = np.random.default_rng(0)
     smallest = [min(map(len, length_batches(lengths, 10, generator))) for _ in range(20)]
     assert len(set(smallest)) > 1  # the short batches are not always the same
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9))
+def test_shuffled_batches_visit_every_user_once_and_differ_between_epochs(
+    users: int, batch_size: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    first, second = (list(shuffled_batches(users, batch_size, generator)) for _ in range(2))
+    for batches in (first, second):
+        assert sorted(np.concatenate(batches).tolist()) == list(range(users))
+        assert all(len(part) == batch_size for part in batches[:-1]) and 0 < len(batches[-1]) <= batch_size
+    if users >= 20:
+        assert np.concatenate(first).tolist() != np.concatenate(second).tolist()

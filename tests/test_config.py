@@ -87,7 +87,7 @@ def test_every_field_that_differs_makes_another_run(name: str) -> None:
     other = {"ties": "published", "gca": (0,), "gate": "tanh", "select": "s100", "precision": "bf16", "hidden": 99}
     other |= {"layers": 3, "text": "random", "adapter": 7, "local_init": "random", "support": 9, "latent": 0}
     other |= {"objective": "infonce", "match": "flops", "match_axis": "layers", "min_per_domain": 0}
-    other |= {"weight_average": 0.9}
+    other |= {"weight_average": 0.9, "batches": "shuffled"}
     base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], match="params" if name == "match_axis" else None)
     value = other.get(name)
     if value is None:

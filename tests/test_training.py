@@ -64,7 +64,7 @@ def test_two_runs_of_one_seed_are_the_same_bits(tmp_path: Path) -> None:
     assert comparable(run(tiny_config(seed=1), tmp_path / "one")) != comparable(first)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gca": (0, 1)}, {"weight_average": 0.9}])
+@pytest.mark.parametrize("changes", [{}, {"gca": (0, 1)}, {"weight_average": 0.9}, {"batches": "shuffled"}])
 def test_an_interrupted_fit_ends_as_an_undisturbed_one(
     pair: Pair, tmp_path: Path, changes: dict[str, object]
 ) -> None:
@@ -85,6 +85,21 @@ def test_an_interrupted_fit_ends_as_an_undisturbed_one(
     assert resumed.curves == undisturbed.curves
     weights = undisturbed.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
+
+
+def test_shuffled_batches_mix_lengths_and_meet_every_user_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a batch costs in pads is the price of mixing lengths, so here is that they are mixed, and how much."""
+    spread = {}
+    for batches in ("by_length", "shuffled"):
+        trainer = Trainer(tiny_config(batches=batches, batch_size=20), pair, torch.device("cpu"))
+        met: list[np.ndarray] = []
+        monkeypatch.setattr(trainer, "step", lambda users, met=met: met.append(users) or {"a": torch.zeros(())})
+        trainer.epoch(0.1)
+        assert sorted(np.concatenate(met).tolist()) == list(range(pair.num_users))
+        spread[batches] = np.mean([np.ptp(trainer.lengths[users]) for users in met])
+    assert spread["shuffled"] > 2 * spread["by_length"]
 
 
 def test_the_average_of_the_weights_is_what_is_ranked(pair: Pair) -> None:

@@ -23,7 +23,7 @@ from gcalib.data.clockless import make_clockless_batch
 from gcalib.data.streams import Batch, Queries, Stream
 from gcalib.packing import Layout
 
-__all__ = ["Batch", "Queries", "Stream", "length_batches", "make_batch"]
+__all__ = ["Batch", "Queries", "Stream", "length_batches", "make_batch", "shuffled_batches"]
 
 
 def make_batch(
@@ -153,3 +153,9 @@ def length_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Ge
         yield from (parts[number] for number in generator.permutation(len(parts)))
     else:
         yield from (order[start : start + batch_size] for start in cuts)
+
+
+def shuffled_batches(users: int, batch_size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Users of one epoch in batches of any lengths: each epoch is cut anew out of a random order, as is usual."""
+    order = generator.permutation(users)
+    yield from (order[start : start + batch_size] for start in range(0, users, batch_size))
