@@ -13,7 +13,7 @@ from gcalib.attention import tapping
 from gcalib.data.batches import Batch, length_batches, make_batch
 from gcalib.data.pair import Pair, Split, SplitName
 from gcalib.models import Recommender
-from gcalib.ranking import metrics, rank_among, rank_of_target
+from gcalib.ranking import expected, metrics, rank_among, rank_of_target
 
 EVAL_USERS = 512  # users an evaluation batch
 SAMPLED = {"s999": 999, "s100": 100}
@@ -38,7 +38,8 @@ def evaluate(
     Returns
     -------
     dict
-        `<domain>.<candidates>.<metric>` and `<domain>.gca<point>.<measure>`, domain a or b. Beside `full` stands
+        `<domain>.<candidates>.<metric>` and `<domain>.gca<point>.<measure>`, domain a or b. Beside a sampled protocol
+        stands the mean over all its draws (`s999_expected`, see `gcalib.ranking.expected`); beside `full` stands
         `full_seen`: the same over targets that occur in training; and, if some users are active in one domain only,
         `full_both` and `full_single`: over the targets of users active in both domains and in one.
     """
@@ -92,6 +93,9 @@ def evaluate(
         for name in ranks:
             size = full_size if name == "full" else np.full(len(parts), 1 + SAMPLED[name])
             _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]) if mine.any() else {})
+        for name in sampled if mine.any() else ():
+            over_draws = expected(ranks["full"][mine], full_size[mine], SAMPLED[name])
+            _put(result, f"{letter}.{name}_expected", over_draws)
         for name, group in groups.items():
             if (chosen := mine & group).any():
                 _put(result, f"{letter}.full_{name}", metrics(ranks["full"][chosen], full_size[chosen]))

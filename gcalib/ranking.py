@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import gammaln
 from torch import Tensor
 
 CUTOFFS = (1, 5, 10, 20)
@@ -249,6 +250,88 @@ def per_user(
         found[f"hr@{k}"] = hit
         found[f"ndcg@{k}"] = hit / np.log2(rank + 1)
     return {**found, "mrr": 1 / rank, "auc": (size - rank) / (size - 1)}
+
+
+def expected(
+    ranks: Sequence[float] | np.ndarray | Tensor,
+    num_candidates: int | Sequence[int] | np.ndarray | Tensor,
+    negatives: int,
+) -> dict[str, float]:
+    """The metrics of a sampled protocol in the mean over all draws of its candidates, without drawing any.
+
+    Of a target that G of N other candidates beat, the number H of those that beat it among n drawn without
+    replacement is hypergeometric, so that its rank is 1 + H and
+
+        E[hr@k] = P(H < k)
+        E[ndcg@k] = sum over h < k of P(H = h) / log2(h + 2)
+        E[1 / rank] = (N + 1) / ((G + 1) (n + 1)) P(H' > 0),  H' of G + 1 among N + 1, n + 1 drawn
+        E[auc] = 1 - G / N, the AUC among all
+
+    One draw, kept for all runs, differs from this mean by as much in all of them; the difference is no property of a
+    model. A rank that ends in one half (ties) counts as the mean of the two whole ranks beside it, which is exact for
+    two items that tie.
+
+    Parameters
+    ----------
+    ranks, num_candidates
+        Ranks among all candidates (`full`), as in `metrics`; each number of candidates above `negatives`.
+    negatives
+        Number n of other items that the sampled protocol draws.
+
+    Returns
+    -------
+    dict
+        As of `metrics`.
+
+    Raises
+    ------
+    ValueError
+        As in `metrics`, and if a target has fewer other candidates than are to be drawn.
+
+    Examples
+    --------
+    A target beaten by one of two others: drawn alone, that one comes up half of the time.
+
+    >>> found = expected([2], 3, negatives=1)
+    >>> {name: found[name] for name in ("hr@1", "mrr", "auc")}
+    {'hr@1': 0.5, 'mrr': 0.75, 'auc': 0.5}
+    """
+    of_all = per_user(ranks, num_candidates)  # checks them
+    rank = _as_array(ranks)
+    others = np.broadcast_to(_as_array(num_candidates), rank.shape).astype(np.int64) - 1
+    if negatives < 1 or others.min() < negatives:
+        raise ValueError(f"negatives={negatives}; a target has only {others.min()} other candidates to draw from.")
+    drawn = np.arange(min(max(CUTOFFS), negatives + 1))
+    sums = []
+    for better in (np.floor(rank - 1).astype(np.int64), np.ceil(rank - 1).astype(np.int64)):
+        chance = _hypergeometric(drawn, others[:, None], better[:, None], negatives).mean(axis=0)
+        shown = 1 - _hypergeometric(0, others + 1, better + 1, negatives + 1)
+        values = {}
+        for k in CUTOFFS:
+            values[f"hr@{k}"] = chance[:k].sum()
+            values[f"ndcg@{k}"] = (chance[:k] / np.log2(drawn[:k] + 2)).sum()
+        values["mrr"] = ((others + 1) / ((better + 1) * (negatives + 1)) * shown).mean()
+        sums.append(values)
+    middle = {name: float(low + sums[1][name]) / 2 for name, low in sums[0].items()}
+    return {**middle, "auc": float(of_all["auc"].mean())}
+
+
+def _hypergeometric(hits: np.ndarray | int, total: np.ndarray, marked: np.ndarray, drawn: int) -> np.ndarray:
+    """Chance of so many marked ones among those drawn; `scipy.stats.hypergeom.pmf` takes a hundred times as long.
+
+    By logarithms of factorials, so with errors of some 1e-10 of the value where totals are in the ten thousands.
+    """
+    missed, unmarked = drawn - hits, total - marked
+    possible = (hits <= marked) & (missed <= unmarked)
+    logarithm = _log_choose(marked, hits) + _log_choose(unmarked, missed) - _log_choose(total, drawn)
+    chance: np.ndarray = np.where(possible, np.exp(np.where(possible, logarithm, 0.0)), 0.0)
+    return chance
+
+
+def _log_choose(total: np.ndarray, chosen: np.ndarray | int) -> np.ndarray:
+    rest = np.maximum(total - chosen, 0)  # an impossible choice is masked by the caller
+    logarithm: np.ndarray = gammaln(total + 1.0) - gammaln(np.asarray(chosen) + 1.0) - gammaln(rest + 1.0)
+    return logarithm
 
 
 def _as_array(values: int | Sequence[float] | np.ndarray | Tensor) -> np.ndarray:

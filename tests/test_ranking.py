@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import math
 
 import ir_measures
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from beartype import beartype
 from hypothesis import given
@@ -217,3 +219,38 @@ def test_docstring_examples():
     result = doctest.testmod(ranking)
     assert result.attempted >= 8
     assert result.failed == 0
+
+
+@given(seeds, st.integers(1, 9))
+def test_the_mean_over_draws_is_that_of_all_draws_listed(seed, negatives):
+    """Every subset of the others, one by one; and ties as the mean of both orders."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(negatives + 1, 11))
+    rank = int(rng.integers(1, size + 1))
+    beats = [place < rank - 1 for place in range(size - 1)]  # which of the others beat the target
+    draws = [1 + sum(beats[item] for item in kept) for kept in itertools.combinations(range(size - 1), negatives)]
+    listed = ranking.metrics(draws, negatives + 1)
+    found = ranking.expected([rank], size, negatives)
+    assert found.keys() == listed.keys()
+    assert all(found[name] == pytest.approx(listed[name], abs=1e-12) for name in found)
+    if rank < size:
+        beside = ranking.expected([rank + 1], size, negatives)
+        tied = ranking.expected([rank + 0.5], size, negatives)
+        assert all(tied[name] == pytest.approx((found[name] + beside[name]) / 2, abs=1e-12) for name in tied)
+
+
+def test_the_mean_over_draws_is_scipy_s_for_large_domains():
+    """Where factorials have a hundred thousand digits, and for ranks from the first to the last."""
+    others, better = 29_000, np.array([0, 1, 30, 400, 28_000, 29_000])
+    found = ranking.expected(better + 1, others + 1, 999)
+    chance = scipy.stats.hypergeom.pmf(np.arange(1000), others, better[:, None], 999)
+    assert found["hr@10"] == pytest.approx(chance[:, :10].sum(axis=1).mean(), rel=1e-8)
+    assert found["ndcg@20"] == pytest.approx((chance[:, :20] / np.log2(np.arange(20) + 2)).sum(axis=1).mean(), rel=1e-8)
+    assert found["mrr"] == pytest.approx((chance / np.arange(1, 1001)).sum(axis=1).mean(), rel=1e-8)
+
+
+def test_the_mean_over_draws_needs_enough_to_draw_from():
+    with pytest.raises(ValueError, match="negatives=999; a target has only 41 other candidates"):
+        ranking.expected([3, 1], [1000, 42], negatives=999)
+    with pytest.raises(ValueError, match="negatives=0"):
+        ranking.expected([3], 9, negatives=0)

@@ -259,6 +259,19 @@ def test_evaluation_agrees_with_ranking_score_one_user_at_a_time(pair: Pair) -> 
     assert found["a.targets"] + found["b.targets"] == pair.num_users
 
 
+def test_one_draw_of_the_candidates_lies_beside_the_mean_over_draws() -> None:
+    """The kept draw's figure is one of those that the expected one averages; the AUC among all is that average."""
+    pair = synthetic_pair(num_users=400, num_items=(300, 300), seed=3)
+    torch.manual_seed(1)
+    found = evaluate(build_model(tiny_config(), pair), pair, "test", protocols=("s100",), alignment=False)
+    for domain in "ab":
+        mean, targets = found[f"{domain}.s100_expected.hr@20"], found[f"{domain}.targets"]
+        assert found[f"{domain}.s100_expected.auc"] == pytest.approx(found[f"{domain}.full.auc"], rel=1e-12)
+        widest = (mean * (1 - mean) / targets) ** 0.5  # the targets differ, which makes the draws' spread smaller
+        assert 0 < abs(found[f"{domain}.s100.hr@20"] - mean) < 4 * widest
+        assert found[f"{domain}.full.hr@20"] < mean < 1
+
+
 def test_score_has_one_column_an_item_and_refuses_bad_histories(pair: Pair) -> None:
     model = build_model(tiny_config(), pair).train()
     scores = score(model, pair, [[1, 2, 3], np.array([140]), list(range(1, 100))])
