@@ -267,8 +267,8 @@ def expected(
         E[1 / rank] = (N + 1) / ((G + 1) (n + 1)) P(H' > 0),  H' of G + 1 among N + 1, n + 1 drawn
         E[auc] = 1 - G / N, the AUC among all
 
-    One draw, kept for all runs, differs from this mean by as much in all of them; the difference is no property of a
-    model. A rank that ends in one half (ties) counts as the mean of the two whole ranks beside it, which is exact for
+    What one draw, kept for all runs, differs from this mean is no property of a model, and averages out over users
+    only, not over seeds. A rank that ends in one half (ties) counts as the mean of the two whole ranks beside it, which is exact for
     two items that tie.
 
     Parameters
