@@ -268,8 +268,8 @@ def expected(
         E[auc] = 1 - G / N, the AUC among all
 
     What one draw, kept for all runs, differs from this mean is no property of a model, and averages out over users
-    only, not over seeds. A rank that ends in one half (ties) counts as the mean of the two whole ranks beside it, which is exact for
-    two items that tie.
+    only, not over seeds. A rank that ends in one half (ties) counts as the mean of the two whole ranks beside it,
+    which is exact for two items that tie.
 
     Parameters
     ----------
