@@ -39,15 +39,12 @@ KINDS = {
 FRESH_TRAINING = """
 import sys, torch
 from gcalib import RunConfig, load_pair
-from gcalib.data.batches import length_batches
 from gcalib.experiments import _peak_memory
 from gcalib.evaluation import evaluate
 from gcalib.training import Trainer
 config = RunConfig.model_validate_json(sys.argv[1])
 trainer = Trainer(config, load_pair(config.pair), torch.device("cpu"))
-batches = list(length_batches(trainer.lengths, config.batch_size, None))
-for users in (batches[0], batches[len(batches) // 2], *batches[-2:]):
-    trainer.step(users)
+trainer.epoch(config.lr)
 evaluate(trainer.model, trainer.pair, "val")
 print(_peak_memory(torch.device("cpu")))
 """
@@ -234,7 +231,7 @@ def fresh(code: str, *arguments: str) -> list[float]:
 
 
 def peak_memory(config: RunConfig) -> float:
-    """Bytes at the worst moment of a process that loads the pair, makes four steps, the largest too, and validates."""
+    """Bytes at the worst moment of a process that loads the pair, trains for an epoch and validates."""
     return fresh(FRESH_TRAINING, config.model_dump_json())[0]
 
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
 TRIM_ABOVE = 1.8e9  # bytes held between two steps
 TRIM_EVERY = 8  # steps: what is handed back has to be asked for again, a tenth of a step's time at width 256
+TRIM_AT_ONCE = 3.4e9  # bytes with which no step begins: in bf16, eight steps leave as much as two gigabytes behind
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -191,27 +192,30 @@ class Trainer:
         for number, users in enumerate(self._batches(), start=1):
             for name, loss in self.step(users).items():
                 total[name] = total.get(name, 0.0) + loss.float() * (len(users) / len(self.lengths))
-            if number % TRIM_EVERY == 0:
-                _return_memory()
+            _return_memory(TRIM_ABOVE if number % TRIM_EVERY == 0 else TRIM_AT_ONCE)
             yield
-        _return_memory()  # an epoch may have fewer steps
+        _return_memory(TRIM_ABOVE)  # an epoch may have fewer steps
         means = {f"loss_{name}": float(loss) for name, loss in total.items()}
         if not math.isfinite(sum(means.values())):
             raise DivergedError(f"The loss is no longer finite at learning rate {lr:g}: lower lr, or warm up longer.")
         return {**means, "lr": lr}
 
 
-def _return_memory() -> None:
-    """Hand freed memory back to the system once much of it has gathered.
+def _return_memory(above: float) -> None:
+    """Hand freed memory back to the system if the process holds more than `above` bytes.
 
     Batches differ in size, so glibc's heap falls to pieces: without this, a long run at width 256 comes to hold some
     three times what a step needs. Elsewhere than on Linux with glibc nothing is done.
     """
     if _TRIM is None:
         return
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if resident > TRIM_ABOVE:
+    if _resident() > above:
         _TRIM(0)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def fit(

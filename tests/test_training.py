@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from gcalib import training
 from gcalib.config import RunConfig
 from gcalib.data import load_pair
 from gcalib.data.pair import Pair
@@ -270,6 +271,19 @@ def test_one_draw_of_the_candidates_lies_beside_the_mean_over_draws() -> None:
         widest = (mean * (1 - mean) / targets) ** 0.5  # the targets differ, which makes the draws' spread smaller
         assert 0 < abs(found[f"{domain}.s100.hr@20"] - mean) < 4 * widest
         assert found[f"{domain}.full.hr@20"] < mean < 1
+
+
+def test_memory_is_handed_back_at_once_where_there_is_much(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[int] = []
+    trainer = Trainer(tiny_config(batch_size=5), pair, torch.device("cpu"))
+    monkeypatch.setattr(training, "_TRIM", returned.append)
+    times = []
+    for held in (training.TRIM_ABOVE, training.TRIM_AT_ONCE, training.TRIM_AT_ONCE + 1):
+        monkeypatch.setattr(training, "_resident", lambda held=held: held)
+        returned.clear()
+        steps = sum(1 for _ in trainer.steps(1e-3))
+        times.append(len(returned))
+    assert steps >= 30 and times == [0, steps // 8 + 1, steps + 1]  # once more at the end
 
 
 def test_score_has_one_column_an_item_and_refuses_bad_histories(pair: Pair) -> None:
