@@ -314,6 +314,17 @@ def test_z_moves_scores_and_is_kept_until_the_mode_changes() -> None:
     assert model.train()._z is None
 
 
+def test_z_is_not_kept_beyond_its_weights_or_their_type() -> None:
+    torch.manual_seed(1)
+    model, other = tiny().eval(), tiny().eval()
+    with torch.no_grad():
+        other.latent.mean.bias.add_(1)
+        kept = model.prior_mean()
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model.prior_mean(), other.prior_mean()) and not torch.allclose(model.prior_mean(), kept)
+        assert model.float().prior_mean().dtype == torch.float32
+
+
 def test_training_samples_the_posterior_and_pays_for_it() -> None:
     model = tiny().train()
     batch = batch_of(model, [PAIR.split("val").history(user) for user in range(8)], training=True)

@@ -161,7 +161,7 @@ class CDSRNP(Recommender):
 
     @torch.no_grad()
     def prior_mean(self) -> Float[Tensor, " latent"]:
-        """The z of evaluation, given all of the support; kept until the next change of mode."""
+        """The z of evaluation, given all of the support; kept until mode, type, device or loaded weights change."""
         if self._z is None:
             assert self.latent is not None and self.support is not None
             self._z = self.latent(self._support_triples(list(range(len(self.support.users))))).mean
@@ -171,6 +171,16 @@ class CDSRNP(Recommender):
         """Change mode; what evaluation keeps is forgotten, whichever the new mode."""
         self._z = None
         return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As in torch; what evaluation keeps is forgotten."""
+        self._z = None
+        return super().load_state_dict(*args, **options)
+
+    def _apply(self, *args: Any, **options: Any) -> Self:
+        """What `.to`, `.double` and the like go through; what evaluation keeps is forgotten."""
+        self._z = None
+        return super()._apply(*args, **options)
 
     def decode(self, batch: Batch, rows: Rows, z: Float[Tensor, " latent"] | None) -> Rows:
         """The state of every row of the two domains, given z."""
