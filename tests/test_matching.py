@@ -61,12 +61,23 @@ def test_the_other_models_have_twins_too(pair: Pair, model: str, axis: str, allo
     assert differing and differing <= allowed
 
 
-def test_the_twin_by_flops(pair: Pair) -> None:
-    asked = config(match="flops", batch_size=16)
+@pytest.mark.parametrize(("model", "seed"), [("abxi", 0), ("cdsrnp", 3), ("llm4cdsr", 3)])
+def test_the_twin_by_flops(pair: Pair, model: str, seed: int) -> None:
+    """Sizes are counted as records count them, whatever the run's seed."""
+    text = {"text": "hashed-words"} if model == "llm4cdsr" else {}
+    asked = config(model=model, match="flops", batch_size=16, seed=seed, **text)
     match = matched(asked, pair)
     real = flops_per_step(build_model(asked.but(match=None), pair), pair, 16)
     assert match.target == real
-    assert flops_per_step(build_model(asked, pair), pair, 16) == pytest.approx(real, rel=0.01)
+    assert match.size == flops_per_step(build_model(match.config, pair), pair, 16) == pytest.approx(real, rel=0.01)
+
+
+def test_a_record_names_the_widths_that_its_model_has(pair: Pair) -> None:
+    assert matched(config(match_axis="rank"), pair).facts().keys() == {
+        "match_size", "match_target", "match_dim", "match_domain_rank", "match_invariant_rank",
+    }  # fmt: skip
+    asked = config(model="llm4cdsr", match_axis="adapter", text="hashed-words")
+    assert matched(asked, pair).facts().keys() == {"match_size", "match_target", "match_dim", "match_adapter"}
 
 
 def test_counting_by_hand(pair: Pair) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gcalib.config import RunConfig
+from gcalib.config import READ_BY, RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.build import build_plain
 from gcalib.models.cost import flops_per_step, parameter_counts
@@ -53,10 +53,14 @@ class Match:
         return abs(self.size - self.target) / self.target
 
     def facts(self) -> dict[str, int]:
-        """What a record says of the match: both sizes, and what the plain config was widened to."""
+        """What a record says of the match: both sizes, and the widths of the plain config that its model reads."""
+        model = self.config.model
         fields = ("dim", "hidden", "layers", "domain_rank", "invariant_rank", "adapter")
-        widths = {f"match_{name}": getattr(self.config, name) for name in fields}
-        return {"match_size": self.size, "match_target": self.target, **{k: v for k, v in widths.items() if v}}
+        read = {name: getattr(self.config, name) for name in fields if model in READ_BY.get(name, (model,))}
+        return {
+            "match_size": self.size, "match_target": self.target,
+            **{f"match_{name}": width for name, width in read.items() if width},
+        }  # fmt: skip
 
 
 def matched(config: RunConfig, pair: Pair) -> Match:
@@ -102,7 +106,7 @@ def sizes(config: RunConfig, pair: Pair) -> dict[str, int]:
 
 def _flops(config: RunConfig, pair: Pair) -> int:
     with torch.random.fork_rng(devices=[]):
-        return flops_per_step(build_plain(config, pair), pair, config.batch_size, config.seed)
+        return flops_per_step(build_plain(config, pair), pair, config.batch_size)
 
 
 def _search(start: RunConfig, axis: str, size: Callable[[RunConfig], int], target: int, pair: Pair) -> Match:
