@@ -205,24 +205,34 @@ def test_as_published_the_future_leaks() -> None:
 
 @pytest.mark.parametrize("gca", STACKS)
 def test_no_future_in_evaluation(gca: tuple[int, ...]) -> None:
-    """What cross-attention makes of a row in evaluation does not depend on events after the row's slot."""
+    """In evaluation no row depends on events after its slot: neither what the encoders make of it nor cross-attention.
+
+    What the model does between these goes row by row.
+    """
     model, rng = tiny(gca).eval(), np.random.default_rng(1)
+    encoded: list[torch.Tensor] = []
+    for s in "xab":
+        model.encoder[s].register_forward_hook(lambda module, inputs, output: encoded.append(output))
+    compared = 0
     for t in (3, 6, 9):
         sequence = random_history(rng, 12)
-        taps = []
+        rows = []  # of each of the two histories: (what, before t)
         for history in (sequence, changed_after(rng, sequence, t)):
             batch = make_batch([history], N_A, window=12, training=False)
-            with torch.no_grad(), tapping(model) as collected:
+            encoded.clear()
+            with torch.no_grad(), tapping(model) as taps:
                 model(batch)
-            taps.append([(tap, batch) for tap in collected])
-        assert len(taps[0]) == 2 * len(gca)
-        for (first, batch_1), (second, batch_2) in zip(*taps, strict=True):
-            own = 0 if first.name.startswith("a") else 1
-            late = first.name.endswith("2")
-            slots_1, slots_2 = ((batch.queries if late else batch.own)[own].slot for batch in (batch_1, batch_2))
-            rows_1, rows_2 = torch.nonzero(slots_1 < t).squeeze(1), torch.nonzero(slots_2 < t).squeeze(1)
-            assert len(rows_1) == len(rows_2)
-            assert torch.allclose(first.out[rows_1], second.out[rows_2], rtol=0, atol=1e-12), (gca, t, first.name)
+            found = [(stream.slot, h) for stream, h in zip((batch.mixed, *batch.own), encoded, strict=True)]
+            for tap in taps:
+                own = 0 if tap.name.startswith("a") else 1
+                found.append(((batch.queries if tap.name.endswith("2") else batch.own)[own].slot, tap.out))
+            # a slot before t is followed by an event that both histories share
+            rows.append([h[slot < t] for slot, h in found])
+        assert len(rows[0]) == 3 + 2 * len(gca)
+        for first, second in zip(*rows, strict=True):
+            assert torch.allclose(first, second, rtol=0, atol=1e-12), (gca, t)
+            compared += len(first)
+    assert compared > 30 + 10 * len(gca)
 
 
 @pytest.mark.parametrize("gca", STACKS)
