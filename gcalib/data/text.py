@@ -18,6 +18,10 @@ says so would give that user's item away in training and nothing afterwards.
 
 **A user's profile** is the user's training history in words: the titles of the newest ten items that have text, newest
 first, encoded as one text. Nothing here looks at a validation or test event.
+
+All of the training history is looked at, however: the vector of an item without text holds a little of what its users
+bought after it. In training an early state thus knows, through such items, something of later training events; in
+evaluation nothing of what is to be predicted.
 """
 
 from __future__ import annotations
