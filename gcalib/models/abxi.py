@@ -88,13 +88,13 @@ class ABXI(Recommender):
         has_own = [q.own_row >= 0 for q in queries]
         read = [q.own_row[has] for q, has in zip(queries, has_own, strict=True)]
 
-        # 1. embeddings
+        # 1. h = drop(E[item] + P[position])
         h = self.dropout(torch.cat([self.item(s.items) + self.position(s.position) for s in streams]))
         if 0 in self.gca_points:
             x, a, b = h.split([len(s.items) for s in streams])
             h = torch.cat([x, *self.gca.cross(0, a, b, *(untouched(s) for s in batch.own))])
 
-        # 2. shared causal self-attention, post-norm residual
+        # 2. h = LN(h + drop(Attention(h))), causal, one for all streams
         pads = [s.pads for s in streams] if self.as_published else None
         h = self.attention_norm(h + self.dropout(self.attention(h, [s.layout for s in streams], pads)))
 
@@ -104,7 +104,7 @@ class ABXI(Recommender):
         if 1 not in self.gca_points:
             a, b = _only(a, read[0]), _only(b, read[1])
 
-        # 3. shared feed-forward, with a low-rank adapter and a norm for each stream
+        # 3. h_s = LN_s(h + drop(FFN(h)) + drop(LoRA_s(h))), s = x, a, b
         rows = torch.cat([x, a, b])
         fed = (rows + self.dropout(self.ffn(rows))).split([len(x), len(a), len(b)])
         x, a, b = (
@@ -115,7 +115,8 @@ class ABXI(Recommender):
             a, b = self.gca.cross(1, a, b, *(clocks(s) for s in batch.own))
             a, b = _only(a, read[0]), _only(b, read[1])
 
-        # 4. the invariant projection of x joins each domain's own
+        # 4. h_i = FFN_i(h_x), the invariant projection, joins each domain's own: the state of a target in s = a, b is
+        #    LN_is(h_x + drop(h_i) + drop(LoRA_is(h_x))) + LN_s(h_s + drop(FFN_s(h_s)))
         h_i = self.invariant(x)
         states = []
         for s, own, query, has in zip("ab", (a, b), queries, has_own, strict=True):
@@ -137,6 +138,8 @@ class ABXI(Recommender):
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users.
+
+            -log(exp(s_t / T) / (exp(s_t / T) + sum over negatives n of exp(s_n / T))),  s_i = state . E[i]
 
         With `pads_as_targets`, every slot of the window that holds no target of B counts as one of A in that average.
         A pad's own loss is a constant, which is left out.
