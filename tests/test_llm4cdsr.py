@@ -407,6 +407,31 @@ def test_it_learns_a_few_users_by_heart(gca: tuple[int, ...]) -> None:
         assert told.sum() > 100 and (best == query.targets)[told].all()
 
 
+def test_it_learns_a_few_users_by_heart_with_its_published_loss() -> None:
+    """Its negatives are new to the user, so it learns to rank a target above those items, not above the user's own."""
+    pair = synthetic_pair(num_users=32, num_items=(60, 60))
+    config = RunConfig(
+        pair="synthetic", model="llm4cdsr", text="hashed-words", dim=32, gca=(0,), dropout=0.0, batch_size=32, lr=3e-3,
+        weight_decay=0.0, alpha=0.0, beta=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer = Trainer(config, pair, torch.device("cpu"))
+    first = sum(loss.item() for loss in trainer.step(np.arange(32)).values())
+    for _ in range(400):
+        losses = trainer.step(np.arange(32))
+    assert first > 1.3 and sum(loss.item() for loss in losses.values()) < 0.03 * first
+    batch = trainer.batch(np.arange(32))
+    with torch.no_grad():
+        states = trainer.model(batch)
+    for domain, (state, query) in enumerate(zip(states, batch.queries, strict=True)):
+        scores, first_id = state @ trainer.model.item_vectors(domain).T, 1 + domain * 60
+        for row, (user, target) in enumerate(zip(query.sequence.tolist(), query.targets.tolist(), strict=True)):
+            own = pair.split("val").history(user)
+            scores[row, own[(own != target) & (pair.domain_of(own) == domain)] - first_id] = -torch.inf
+        told = query.slot >= 2  # two users may begin alike
+        assert told.sum() > 100 and (first_id + scores.argmax(dim=1) == query.targets)[told].double().mean() > 0.98
+
+
 def test_what_it_knows_of_users_is_from_training_events_only() -> None:
     """Other validation and test events: the same text vectors, and the same start of the model."""
     pair = synthetic_pair(num_users=40, num_items=(60, 60))
