@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gcalib.attention import tapping
 from gcalib.config import RunConfig
-from gcalib.data.batches import make_batch
+from gcalib.data.batches import Batch, make_batch
 from gcalib.models.abxi import ABXI
-from gcalib.models.base import info_nce, mean_per_user
+from gcalib.models.base import Recommender, info_nce, mean_per_user
 
 FIXTURE = Path(__file__).parent / "fixtures" / "abxi_official.npz"
 STACKS = [points for size in range(4) for points in combinations((0, 1, 2), size)]
@@ -152,36 +153,47 @@ def test_no_future_in_training(gca: tuple[int, ...]) -> None:
     assert compared > 50 and moved > 20
 
 
-@pytest.mark.parametrize("gca", STACKS)
-def test_no_future_in_evaluation(gca: tuple[int, ...]) -> None:
-    """In evaluation no row depends on events after its slot: neither what the encoder makes of it nor cross-attention.
+def rows_before(t: int, model: Recommender, encoders: list[nn.Module], batch: Batch) -> list[torch.Tensor]:
+    """Evaluation: the rows at slots before t that encoders give, stream by stream, then those of cross-attention.
 
-    What the model does between these goes row by row.
+    What a model does between these goes row by row. `encoders` give the rows of all streams, in order: one or several.
     """
-    model, rng = tiny(gca).eval(), np.random.default_rng(1)
+    streams = (batch.mixed, *batch.own)
     encoded: list[torch.Tensor] = []
-    model.attention_norm.register_forward_hook(lambda module, inputs, output: encoded.append(output))
-    compared = 0
+    hooks = [module.register_forward_hook(lambda module, inputs, output: encoded.append(output)) for module in encoders]
+    with torch.no_grad(), tapping(model) as taps:
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    states = torch.cat(encoded).split([len(stream.items) for stream in streams])
+    found = [(stream.slot, h) for stream, h in zip(streams, states, strict=True)]
+    for tap in taps:
+        own = 0 if tap.name.startswith("a") else 1
+        found.append(((batch.queries if tap.name.endswith("2") else batch.own)[own].slot, tap.out))
+    return [h[slot < t] for slot, h in found]
+
+
+def assert_no_future_in_evaluation(model: Recommender, encoders: list[nn.Module]) -> None:
+    """No row depends on events after its slot, neither of the encoders nor of cross-attention."""
+    rng, compared, gca = np.random.default_rng(1), 0, model.gca_points
     for t in (3, 6, 9):
         sequence = random_history(rng, 12)
-        rows = []  # of each of the two histories: (what, before t)
-        for history in (sequence, changed_after(rng, sequence, t)):
-            batch = make_batch([history], 20, window=12, training=False)
-            streams = (batch.mixed, *batch.own)
-            with torch.no_grad(), tapping(model) as taps:
-                model(batch)
-            states = encoded.pop().split([len(s.items) for s in streams])
-            found = [(stream.slot, h) for stream, h in zip(streams, states, strict=True)]
-            for tap in taps:
-                own = 0 if tap.name.startswith("a") else 1
-                found.append(((batch.queries if tap.name.endswith("2") else batch.own)[own].slot, tap.out))
-            # a slot before t is followed by an event that both histories share
-            rows.append([h[slot < t] for slot, h in found])
-        assert len(rows[0]) == 3 + 2 * len(gca)
-        for first, second in zip(*rows, strict=True):
-            assert torch.allclose(first, second, rtol=0, atol=1e-12), (gca, t)
-            compared += len(first)
+        # a slot before t is followed by an event that both histories share
+        first, second = (
+            rows_before(t, model, encoders, make_batch([history], 20, window=12, training=False))
+            for history in (sequence, changed_after(rng, sequence, t))
+        )
+        assert len(first) == 3 + 2 * len(gca)
+        for one, other in zip(first, second, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-12), (gca, t)
+            compared += len(one)
     assert compared > 30 + 10 * len(gca)
+
+
+@pytest.mark.parametrize("gca", STACKS)
+def test_no_future_in_evaluation(gca: tuple[int, ...]) -> None:
+    model = tiny(gca).eval()
+    assert_no_future_in_evaluation(model, [model.attention_norm])
 
 
 def test_published_positions_tell_the_future_and_ours_do_not() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_abxi import assert_no_future_in_evaluation
 
-from gcalib.attention import tapping
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, make_batch
+from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.data.text import ItemText, TextVectors, text_vectors
 from gcalib.evaluation import evaluate
@@ -205,34 +206,8 @@ def test_as_published_the_future_leaks() -> None:
 
 @pytest.mark.parametrize("gca", STACKS)
 def test_no_future_in_evaluation(gca: tuple[int, ...]) -> None:
-    """In evaluation no row depends on events after its slot: neither what the encoders make of it nor cross-attention.
-
-    What the model does between these goes row by row.
-    """
-    model, rng = tiny(gca).eval(), np.random.default_rng(1)
-    encoded: list[torch.Tensor] = []
-    for s in "xab":
-        model.encoder[s].register_forward_hook(lambda module, inputs, output: encoded.append(output))
-    compared = 0
-    for t in (3, 6, 9):
-        sequence = random_history(rng, 12)
-        rows = []  # of each of the two histories: (what, before t)
-        for history in (sequence, changed_after(rng, sequence, t)):
-            batch = make_batch([history], N_A, window=12, training=False)
-            encoded.clear()
-            with torch.no_grad(), tapping(model) as taps:
-                model(batch)
-            found = [(stream.slot, h) for stream, h in zip((batch.mixed, *batch.own), encoded, strict=True)]
-            for tap in taps:
-                own = 0 if tap.name.startswith("a") else 1
-                found.append(((batch.queries if tap.name.endswith("2") else batch.own)[own].slot, tap.out))
-            # a slot before t is followed by an event that both histories share
-            rows.append([h[slot < t] for slot, h in found])
-        assert len(rows[0]) == 3 + 2 * len(gca)
-        for first, second in zip(*rows, strict=True):
-            assert torch.allclose(first, second, rtol=0, atol=1e-12), (gca, t)
-            compared += len(first)
-    assert compared > 30 + 10 * len(gca)
+    model = tiny(gca).eval()
+    assert_no_future_in_evaluation(model, [model.encoder[s] for s in "xab"])
 
 
 @pytest.mark.parametrize("gca", STACKS)
@@ -385,19 +360,23 @@ def test_the_baseline_starts_alike_with_and_without_cross_attention() -> None:
         assert len(other) > len(starts[0])
 
 
-@pytest.mark.parametrize("gca", [(), (0,), (1, 2)])
-def test_it_learns_a_few_users_by_heart(gca: tuple[int, ...]) -> None:
-    pair = synthetic_pair(num_users=32, num_items=(60, 60))
+def taught(pair: Pair, steps: int, **changes: object) -> tuple[Trainer, float, float]:
+    """A trainer after some steps on all of a pair's 32 users, its first loss and its last."""
     config = RunConfig(
-        pair="synthetic", model="llm4cdsr", text="hashed-words", dim=32, gca=gca, dropout=0.0, batch_size=32, lr=3e-3,
-        weight_decay=0.0, alpha=0.0, beta=0.0, objective="infonce", negatives=120, temperature=1.0,
+        pair="synthetic", model="llm4cdsr", text="hashed-words", dim=32, dropout=0.0, batch_size=32, lr=3e-3,
+        weight_decay=0.0, alpha=0.0, beta=0.0, **changes,
     )  # fmt: skip
     torch.manual_seed(0)
     trainer = Trainer(config, pair, torch.device("cpu"))
-    first = sum(loss.item() for loss in trainer.step(np.arange(32)).values())
-    for _ in range(200):
-        losses = trainer.step(np.arange(32))
-    assert first > 5 and sum(loss.item() for loss in losses.values()) < 0.1
+    losses = [sum(loss.item() for loss in trainer.step(np.arange(32)).values()) for _ in range(1 + steps)]
+    return trainer, losses[0], losses[-1]
+
+
+@pytest.mark.parametrize("gca", [(), (0,), (1, 2)])
+def test_it_learns_a_few_users_by_heart(gca: tuple[int, ...]) -> None:
+    pair = synthetic_pair(num_users=32, num_items=(60, 60))
+    trainer, first, last = taught(pair, 200, gca=gca, objective="infonce", negatives=120, temperature=1.0)
+    assert first > 5 and last < 0.1
     batch = trainer.batch(np.arange(32))
     with torch.no_grad():
         states = trainer.model(batch)
@@ -410,16 +389,8 @@ def test_it_learns_a_few_users_by_heart(gca: tuple[int, ...]) -> None:
 def test_it_learns_a_few_users_by_heart_with_its_published_loss() -> None:
     """Its negatives are new to the user, so it learns to rank a target above those items, not above the user's own."""
     pair = synthetic_pair(num_users=32, num_items=(60, 60))
-    config = RunConfig(
-        pair="synthetic", model="llm4cdsr", text="hashed-words", dim=32, gca=(0,), dropout=0.0, batch_size=32, lr=3e-3,
-        weight_decay=0.0, alpha=0.0, beta=0.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    trainer = Trainer(config, pair, torch.device("cpu"))
-    first = sum(loss.item() for loss in trainer.step(np.arange(32)).values())
-    for _ in range(400):
-        losses = trainer.step(np.arange(32))
-    assert first > 1.3 and sum(loss.item() for loss in losses.values()) < 0.03 * first
+    trainer, first, last = taught(pair, 400, gca=(0,))
+    assert first > 1.3 and last < 0.03 * first
     batch = trainer.batch(np.arange(32))
     with torch.no_grad():
         states = trainer.model(batch)
