@@ -3,176 +3,187 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcalib.data import DataError, Pair
-from gcalib.data.prepare import Events, Options, drop_below_k_core, drop_repeats, finish, match
-
-PUBLISHED = Options(ties="published", min_per_domain=1)
+from gcalib.data.pair import DataError, Pair
+from gcalib.data.prepare import Events, Options, clean, finish, match
 
 
-def table(*events: tuple[int, int, int], num_items: int = 12) -> Events:
+def table(*events: tuple) -> pd.DataFrame:
     """Events from (user, item, time), in the order given."""
-    owner, items, times = (np.array(column, dtype=np.int64) for column in zip(*events, strict=True))
-    users = np.array([f"u{user}" for user in range(int(owner.max()) + 1)], dtype=object)
-    return Events(owner, items, times, users, np.array([f"i{n:02}" for n in range(1, 1 + num_items)], dtype=object))
+    return pd.DataFrame(events, columns=["user", "item", "time"])
 
 
-def done(events: Events, options: Options = PUBLISHED, has_clock: bool = True, raw: bool = False) -> Pair:
-    return finish(
-        events, name="toy", domains=("a", "b"), num_items=(6, 6), has_clock=has_clock, options=options, raw=raw
-    )
+def done(events: pd.DataFrame, has_global_order: bool = True, matched: bool = False, **options) -> Pair:
+    """A pair of items 1..6 of A and 7..12 of B; by default with ties as published, and one event in each domain."""
+    names = np.array([f"i{n:02}" for n in range(1, 13)], dtype=object)
+    read = Events(events, names, (6, 6), has_global_order, matched)
+    asked = Options(**{"ties": "published", "min_per_domain": 1, **options})
+    return finish(read, "toy", ("a", "b"), asked)
 
 
-def test_repeats_keep_the_first_and_tell_duplicates_from_later_purchases():
-    kept = drop_repeats(table((0, 1, 5), (0, 1, 5), (0, 2, 6), (0, 1, 9), (1, 1, 5), (1, 7, -1), (1, 7, -1)))
-    assert list(zip(kept.owner, kept.items, kept.times, strict=True)) == [
-        (0, 1, 5), (0, 2, 6), (1, 1, 5), (1, 7, -1)
-    ]  # fmt: skip
-    assert kept.counts == {"duplicate_events": 1, "repeated_events": 2}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 12)), min_size=1, max_size=60), st.integers(1, 4))
-def test_k_core_is_the_largest_subset_with_k_of_everything(edges, k):
-    events = table(*((user, item, 0) for user, item in sorted(set(edges))))
-    kept = drop_below_k_core(events, k, num_items_a=6)
-    left = set(edges)
-    while True:  # one at a time: slow, and plainly right
-        weak = [
-            (u, i)
-            for u, i in left
-            if sum(v == u and (j > 6) == (i > 6) for v, j in left) < k or sum(j == i for _, j in left) < k
-        ]
-        if not weak:
-            break
-        left.remove(weak[0])
-    assert set(zip(kept.owner.tolist(), kept.items.tolist(), strict=True)) == left
-    assert kept.counts == {"events_below_k_core": len(set(edges)) - len(left)}
-
-
-def one_user(items: list[int], times: list[int]) -> Events:
+def one_user(items: list[int], times: list[int]) -> pd.DataFrame:
     return table(*((0, item, time) for item, time in zip(items, times, strict=True)))
 
 
-def test_published_ties_keep_the_order_and_shuffled_ones_move_inside_a_day_only():
-    items, times = [1, 2, 7, 8, 9, 3, 4, 10], [0, 1, 1, 1, 1, 2, 2, 3]
-    events = one_user(items, times)
-    assert done(events).items.tolist() == items
-    assert done(events).counts["tied_events"] == 6
-    orders = [done(events, Options(tie_seed=seed, min_per_domain=1)).items for seed in range(200)]
-    for order in orders:
-        assert order[0] == 1 and set(order[1:5]) == {2, 7, 8, 9} and set(order[5:7]) == {3, 4} and order[7] == 10
-    # Item 2 stands first of its day one time in four: 200 draws leave 50 +- 4 standard deviations of 6.
-    assert 26 <= sum(order[1] == 2 for order in orders) <= 74
-    assert (done(events, Options(tie_seed=3)).items == done(events, Options(tie_seed=3)).items).all()
+def test_repeats_keep_the_first_event():
+    events = [(0, 1, 5), (0, 1, 5), (0, 2, 6), (0, 1, 9), (1, 1, 5), (1, 7, -1), (1, 7, -1)]
+    kept, counts = clean(table(*events), 6, k_core=1)
+    assert list(kept.itertuples(index=False, name=None)) == [(0, 1, 5), (0, 2, 6), (1, 1, 5), (1, 7, -1)]
+    assert counts == {"duplicate_events": 1, "repeated_events": 2, "events_below_k_core": 0}
 
 
-def test_without_a_clock_ties_are_known_times_of_one_domain():
-    items, times = [1, 2, 3, 7, 8, 9], [5, -1, -1, 5, 5, 6]
-    events = one_user(items, times)
-    orders = {tuple(done(events, Options(tie_seed=s), has_clock=False).items.tolist()) for s in range(30)}
-    assert orders == {(1, 2, 3, 7, 8, 9), (1, 2, 3, 8, 7, 9)}
-    assert done(events, Options(), has_clock=False).counts["tied_events"] == 2
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 12)), min_size=1, max_size=60), st.integers(1, 4))
+def test_k_core_is_the_largest_subset_with_k_of_everything(edges, k):
+    kept, counts = clean(table(*((user, item, 0) for user, item in sorted(set(edges)))), 6, k)
+    left = set(edges)
+    while weak := [  # one at a time: slow, and plainly right
+        (u, i)
+        for u, i in left
+        if sum(v == u and (j > 6) == (i > 6) for v, j in left) < k or sum(j == i for _, j in left) < k
+    ]:
+        left.remove(weak[0])
+    assert set(zip(kept["user"], kept["item"], strict=True)) == left
+    assert counts["events_below_k_core"] == len(set(edges)) - len(left)
 
 
-def test_maximum_length_keeps_the_newest():
-    events = one_user([1, 2, 7, 3, 8, 4, 9], list(range(7)))
-    pair = done(events, Options(max_length=5))
+def test_ties_published_keep_the_order():
+    items = [1, 2, 7, 8, 9, 3, 4, 10]
+    pair = done(one_user(items, [0, 1, 1, 1, 1, 2, 2, 3]))
+    assert pair.items.tolist() == items
+    assert pair.counts["tied_events"] == 6
+
+
+def test_ties_shuffled_move_inside_a_time_only():
+    """300 users of one sequence: item 2 stands first of its day one time in four, 75 times +- 4 deviations of 7.5."""
+    events = [
+        (user, *event) for user in range(300) for event in zip([1, 2, 7, 8, 9, 3], [0, 1, 1, 1, 1, 2], strict=True)
+    ]
+    rows = done(table(*events), ties="shuffle").items.reshape(300, 6)
+    assert (rows[:, [0, 5]] == [1, 3]).all()
+    assert (np.sort(rows[:, 1:5], axis=1) == [2, 7, 8, 9]).all()
+    assert 45 <= (rows[:, 1] == 2).sum() <= 105
+
+
+def test_ties_with_per_domain_order_are_known_times_of_one_domain():
+    row = [(1, 5), (2, -1), (3, -1), (7, 5), (8, 5), (9, 6)]
+    events = [(user, *event) for user in range(30) for event in row]
+    pair = done(table(*events), has_global_order=False, ties="shuffle")
+    assert {tuple(row) for row in pair.items.reshape(30, 6)} == {(1, 2, 3, 7, 8, 9), (1, 2, 3, 8, 7, 9)}
+    assert pair.counts["tied_events"] == 60
+
+
+def test_max_length_keeps_the_newest():
+    pair = done(one_user([1, 2, 7, 3, 8, 4, 9], list(range(7))), max_length=5)
     assert pair.items.tolist() == [7, 3, 8, 4, 9]
     assert pair.times.tolist() == [2, 3, 4, 5, 6]
     assert pair.counts["events_beyond_max_length"] == 2
 
 
-def test_maximum_length_without_a_clock_holds_for_each_domain():
+def test_max_length_with_per_domain_order_holds_for_each_domain():
     events = one_user([1, 2, 3, 4, 5, 7, 8, 9], [-1] * 5 + [1, 2, 3])
-    pair = done(events, Options(max_length=4), has_clock=False)
+    pair = done(events, has_global_order=False, max_length=4)
     assert pair.items.tolist() == [2, 3, 4, 5, 7, 8, 9]
-    assert not pair.has_clock
     assert pair.counts["events_beyond_max_length"] == 1
 
 
-def test_minimum_applies_after_the_cut_and_drops_users():
-    first = [(0, item, time) for time, item in enumerate([7, 8, 1, 2, 3, 4])]
-    second = [(1, item, time) for time, item in enumerate([1, 2, 7, 8])]
-    events = table(*first, *second)
-    assert done(events).num_users == 2
-    pair = done(events, Options(max_length=4))  # the newest four of the first user are all of A
-    assert pair.num_users == 1 and sorted(pair.items) == [1, 2, 7, 8]
+TWO = table(*((0, i, t) for t, i in enumerate([7, 8, 1, 2, 3, 4])), *((1, i, t) for t, i in enumerate([1, 2, 7, 8])))
+
+
+def test_minimum_applies_after_the_cut():
+    pair = done(TWO, max_length=4)  # the newest four of the first user are all of A
+    assert pair.items.tolist() == [1, 2, 7, 8]
     assert pair.counts["users_below_minimum"] == 1
+
+
+def test_minimum_of_zero_lets_in_users_of_one_domain():
+    assert done(TWO, max_length=4, min_per_domain=0).num_users == 2
+
+
+def test_minimum_that_leaves_nobody():
     with pytest.raises(DataError, match="no user is left with 3 events in each domain.*users_below_minimum 2"):
-        done(events, Options(min_per_domain=3))
+        done(TWO, min_per_domain=3)
 
 
-def test_prepared_files_keep_their_ids_and_raw_ones_are_numbered_anew():
-    events = one_user([5, 2, 12, 9], [0, 1, 2, 3])
-    kept = done(events)
-    assert kept.items.tolist() == [5, 2, 12, 9] and kept.num_items == (6, 6)
-    compact = done(events, raw=True)
-    assert compact.items.tolist() == [2, 1, 4, 3] and compact.num_items == (2, 2)
-    assert compact.item_names.tolist() == ["i02", "i05", "i09", "i12"]
+@pytest.mark.parametrize(("has_global_order", "least"), [(True, 1), (False, 3)])
+def test_minimum_of_a_prepared_file_follows_its_order(has_global_order, least):
+    events = table(*((0, i, 0) for i in (1, 2, 3, 7, 8, 9)), *((1, i, 0) for i in (1, 2, 3, 7, 8)))
+    pair = done(events, has_global_order, min_per_domain=None)
+    assert pair.num_users == (2 if least == 1 else 1)
 
 
-def domain(rows: dict[str, list[tuple[str, int]]]) -> Events:
-    """A single-domain table from user -> [(item, time), ...]."""
-    users, names = sorted(rows), sorted({item for row in rows.values() for item, _ in row})
-    flat = [(u, names.index(item) + 1, time) for u, user in enumerate(users) for item, time in rows[user]]
-    owner, items, times = (np.array(column, dtype=np.int64) for column in zip(*flat, strict=True))
-    return Events(owner, items, times, np.array(users, dtype=object), np.array(names, dtype=object))
+def test_item_ids_of_a_prepared_file_are_kept():
+    pair = done(one_user([5, 2, 12, 9], [0, 1, 2, 3]))
+    assert pair.items.tolist() == [5, 2, 12, 9]
+    assert pair.num_items == (6, 6)
 
 
-def test_two_files_are_matched_by_user_and_merged_by_time():
-    a = domain({"u1": [("p", 1), ("q", 4), ("both", 5)], "u2": [("p", 3), ("r", 3)], "only": [("both", 1)]})
-    b = domain({"u2": [("x", 2), ("y", 3)], "u1": [("x", 4), ("both", 6), ("z", 9)], "lone": [("z", 1), ("x", 2)]})
-    events, sizes, has_clock = match(a, b, k_core=1)
-    assert has_clock
-    names = events.item_names
-    assert events.users.tolist() == ["u1", "u2"]
-    streams = [[names[item - 1] for item in events.items[events.owner == user]] for user in (0, 1)]
-    assert streams == [["p", "q", "x", "z"], ["x", "p", "r", "y"]]  # ties: domain A first
+def test_item_ids_of_matched_files_are_given_anew():
+    pair = done(one_user([5, 2, 12, 9], [0, 1, 2, 3]), matched=True)
+    assert pair.items.tolist() == [2, 1, 4, 3]
+    assert pair.num_items == (2, 2)
+    assert pair.item_names.tolist() == ["i02", "i05", "i09", "i12"]
+
+
+def domain(**rows: list[tuple[str, int]]) -> pd.DataFrame:
+    """Events of one domain from user=[(item, time), ...]."""
+    return table(*((user, item, time) for user, row in rows.items() for item, time in row))
+
+
+def streams(events: Events) -> list[list[str]]:
+    names = events.item_names[events.table["item"] - 1]
+    return [names[events.table["user"] == user].tolist() for user in events.table["user"].unique()]
+
+
+def test_match_merges_users_of_both_by_time():
+    a = domain(u2=[("p", 3), ("r", 3)], u1=[("p", 1), ("q", 4), ("both", 5)], only=[("both", 1)])
+    b = domain(u1=[("x", 4), ("both", 6), ("z", 9)], u2=[("x", 2), ("y", 3)], lone=[("z", 1), ("x", 2)])
+    events = match(a, b)
+    assert events.has_global_order
+    assert streams(events) == [["p", "q", "x", "z"], ["x", "p", "r", "y"]]  # ties: domain A first
     assert events.counts["users_in_one_domain"] == 2
     assert events.counts["items_in_both_domains"] == 1
     assert events.counts["events_of_items_in_both_domains"] == 2
-    assert sizes == (4, 4)
 
 
-def test_users_of_one_domain_are_let_in_when_asked_for():
-    a = domain({"u1": [("p", 1), ("q", 4)], "u2": [("q", 3)], **{f"a{n}": [("p", n), ("q", 9)] for n in range(20)}})
-    b = domain({"u1": [("x", 2)], **{f"b{n}": [("y", n)] for n in range(20)}})
-    events, _, has_clock = match(a, b, k_core=1, one_domain=None)
-    assert has_clock and len(events.users) == 42 and events.counts["users_in_one_domain"] == 0
-    assert [events.item_names[i - 1] for i in events.items[events.owner == 41]] == ["q"]  # u2, the last by name
-    some = [match(a, b, k_core=1, one_domain=10)[0] for _ in range(2)]
-    assert some[0].users.tolist() == some[1].users.tolist() and len(some[0].users) == 11
-    assert "u1" in some[0].users and some[0].counts["users_in_one_domain"] == 31
-    assert {user[0] for user in some[0].users} == {"u", "a", "b"}
-    least = Options(ties="published", min_per_domain=0)
-    rows = one_user([1, 2, 3, 4], [0, 1, 2, 3])
-    assert done(rows, least).num_users == 1
-    with pytest.raises(DataError, match="no user is left with 1 events in each domain"):
-        done(rows)
+def test_match_without_all_times_has_per_domain_order():
+    events = match(domain(u1=[("p", -1), ("q", -1)], u2=[("q", -1)]), domain(u1=[("x", 1)], u2=[("y", 7), ("x", 8)]))
+    assert not events.has_global_order
+    assert streams(events) == [["p", "q", "x"], ["q", "y", "x"]]
 
 
-def test_two_files_without_all_times_have_no_common_clock():
-    a = domain({"u1": [("p", -1), ("q", -1)], "u2": [("q", -1)]})
-    b = domain({"u1": [("x", 1)], "u2": [("y", 7), ("x", 8)]})
-    events, _, has_clock = match(a, b, k_core=1)
-    assert not has_clock
-    assert events.owner.tolist() == [0, 0, 0, 1, 1, 1]
-    assert [events.item_names[i - 1] for i in events.items] == ["p", "q", "x", "q", "y", "x"]
+ONE_SIDED = (
+    domain(u1=[("p", 1), ("q", 4)], u2=[("q", 3)], **{f"a{n}": [("p", n)] for n in range(20)}),
+    domain(u1=[("x", 2)], **{f"b{n}": [("y", n)] for n in range(20)}),
+)
+
+
+def test_match_lets_in_all_users_of_one_domain():
+    events = match(*ONE_SIDED, one_domain=None)
+    assert events.table["user"].nunique() == 42
+    assert events.counts["users_in_one_domain"] == 0
+    assert streams(events)[-1] == ["q"]  # u2, the last by name
+
+
+def test_match_lets_in_a_fixed_sample_of_users_of_one_domain():
+    some, again = (match(*ONE_SIDED, one_domain=10) for _ in range(2))
+    assert some.table.equals(again.table)
+    assert some.table["user"].nunique() == 11
+    assert some.counts["users_in_one_domain"] == 31
+    assert ["p", "x", "q"] in streams(some)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"ties": "random"}, "ties='random' is unknown; it may be shuffle or published"),
-        ({"max_length": 3}, "max_length=3 must be a whole number of 4 or more"),
-        ({"k_core": 0}, "k_core=0"),
-        ({"min_per_domain": -1}, "min_per_domain=-1"),
-        ({"tie_seed": -1}, "tie_seed=-1"),
-        ({"max_length": 50.0}, "max_length=50.0"),
+        ({"max_length": 3}, "max_length=3 must be 4 or more"),
+        ({"k_core": 0}, "k_core=0 must be 1"),
+        ({"min_per_domain": -1}, "min_per_domain=-1 must be 0"),
     ],
 )
 def test_options_out_of_range(options, message):

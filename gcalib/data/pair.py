@@ -1,8 +1,4 @@
-"""A pair of domains: the events of every user as flat arrays, and the leave-one-out splits drawn from them.
-
-Nothing here reads files: `gcalib.data.sources` builds a `Pair` from published data or a path, `gcalib.data.synthetic`
-from a generator.
-"""
+"""A pair of domains: every user's events in flat arrays, its leave-one-out splits and its sampled candidates."""
 
 from __future__ import annotations
 
@@ -13,102 +9,66 @@ from functools import cached_property
 
 import numpy as np
 
-from gcalib.data.candidates import draw_candidates
-from gcalib.data.errors import DataError
-from gcalib.data.split import MIN_EVENTS, TARGET, Split, SplitName, leave_one_out, streams
+from gcalib.data.split import MIN_EVENTS, TARGET, Split, SplitName, leave_one_out
 
-__all__ = ["MIN_EVENTS", "DataError", "Pair", "Split", "SplitName"]
+# Sampled candidates belong to the protocol, not to a run: their seed is fixed. It is the number of the paper.
+CANDIDATE_SEED = 2510_09435
+CANDIDATE_ROWS = 1024  # drawn at a time
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one sentence that says what is wrong, where, and what would be right."""
+
+
+class NoDataError(DataError):
+    """Data that is not on this machine and cannot be fetched."""
 
 
 @dataclass(frozen=True)
 class Titles:
-    """Texts of items, by original id, that came with a pair.
-
-    Attributes
-    ----------
-    source
-        What they are, as records name it.
-    from_file
-        Whether they were read from a file beside the data; else they follow from what the events follow from.
-    """
+    """Texts of items, by original id, that came with a pair."""
 
     by_name: dict[str, str]
-    source: str = "titles"
-    from_file: bool = False
+    source: str = "titles"  # what they are, as records name it
+    from_file: bool = False  # else they follow from what the events follow from
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Interaction sequences of users active in two domains, or (where the source has them) in one of the two.
 
-    Item ids are 1..nA in domain A and nA + 1..nA + nB in domain B; 0 is free for padding.
-
-    Attributes
-    ----------
-    name
-        What the pair was loaded as.
-    domains
-        Names of domain A and domain B.
-    items
-        int64 (events,), the events of all users one user after the other, in the order the model sees.
-    times
-        int64 (events,), unix seconds, -1 where unknown.
-    offsets
-        int64 (users + 1,): the events of user u are `offsets[u]:offsets[u + 1]`.
-    num_items
-        Items of domain A and of domain B.
-    has_clock
-        False: each user's events are all of A, then all of B, and the order across domains is unknown.
-    ties
-        "shuffle" or "published", the order of events of one user with equal times.
-    counts
-        What reading dropped or changed; the names are explained in `gcalib.data.prepare`.
-    item_names
-        str (nA + nB,), the original id (ASIN) of item 1, 2, ..., or None if unknown.
-    titles
-        What the items say, if that came with the pair; for published pairs see `gcalib.data.text`.
-
-    Raises
-    ------
-    DataError
-        If the arrays do not fit each other, or a domain is empty.
+    Item ids are 1..nA in domain A and nA + 1..nA + nB in domain B; 0 is free for padding. The events of user u are
+    `offsets[u]:offsets[u + 1]` of the flat arrays, in the order that models see. Arrays that do not fit each other, and
+    empty domains, are a `DataError`.
     """
 
-    name: str
-    domains: tuple[str, str]
-    items: np.ndarray
-    times: np.ndarray
-    offsets: np.ndarray
-    num_items: tuple[int, int]
-    has_clock: bool
-    ties: str
-    counts: dict[str, int] = field(default_factory=dict)
-    item_names: np.ndarray | None = None
-    titles: Titles | None = None
+    name: str  # what it was loaded as
+    domains: tuple[str, str]  # names of domain A and domain B
+    items: np.ndarray  # int64 (events,), the items of all users one user after the other
+    times: np.ndarray  # int64 (events,), unix seconds, -1 where unknown
+    offsets: np.ndarray  # int64 (users + 1,)
+    num_items: tuple[int, int]  # of domain A and of domain B
+    has_global_order: bool  # False: a user's events are all of A, then all of B, the order across domains is unknown
+    ties: str  # "shuffle" or "published", the order of events of one user with equal times
+    counts: dict[str, int] = field(default_factory=dict)  # what reading dropped, as `gcalib.data.prepare` explains
+    item_names: np.ndarray | None = None  # str (nA + nB,), the original id (ASIN) of item 1, 2, ..., if known
+    titles: Titles | None = None  # what the items say, if that came with the pair; see also `gcalib.data.text`
     _splits: dict[SplitName, Split] = field(default_factory=dict, init=False, repr=False)
     _candidates: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not fit each other: every later computation relies on them."""
-        total = sum(self.num_items)
-        for domain, size in zip(self.domains, self.num_items, strict=True):
+        for domain, size in zip(self.domains, self.num_interactions, strict=True):
             if size < 1:
-                raise DataError(f"{self.name}: domain {domain} is empty; each of the two domains needs items.")
-        if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.items):
-            raise DataError(f"{self.name}: the pair has no users, or offsets do not span its {len(self.items)} events.")
-        if len(self.times) != len(self.items):
-            raise DataError(f"{self.name}: {len(self.times)} times for {len(self.items)} events; each needs one.")
-        if (short := self.lengths < MIN_EVENTS).any():
-            user = int(short.argmax())
-            raise DataError(
-                f"{self.name}: user {user} has {self.lengths[user]} events; leave-one-out needs {MIN_EVENTS} or more."
-            )
-        if self.items.min() < 1 or self.items.max() > total:
-            raise DataError(f"{self.name}: item ids must lie in 1..{total}.")
-        if not self.has_clock and (np.diff(streams(self.items, self.offsets, self.num_items[0], False)) < 0).any():
-            raise DataError(f"{self.name}: without a common clock each user's events must be all of A, then all of B.")
-        if self.item_names is not None and len(self.item_names) != total:
-            raise DataError(f"{self.name}: {len(self.item_names)} item names for {total} items.")
+                raise DataError(f"{self.name}: domain {domain} is empty; each of the two domains needs events.")
+        fits = len(self.times) == len(self.items) and self.items.min() >= 1 and self.items.max() <= sum(self.num_items)
+        if not (fits and self.offsets[0] == 0 and self.offsets[-1] == len(self.items)):
+            raise DataError(f"{self.name}: items, which are 1..{sum(self.num_items)}, times and offsets do not fit.")
+        if self.lengths.min() < MIN_EVENTS:
+            user, few = self.lengths.argmin(), self.lengths.min()
+            raise DataError(f"{self.name}: user {user} has {few} events; leave-one-out needs {MIN_EVENTS} or more.")
+        if (np.diff(self.stream) < 0).any():
+            raise DataError(f"{self.name}: without a global order each user's events must be all of A, then all of B.")
 
     @property
     def num_users(self) -> int:
@@ -116,11 +76,26 @@ class Pair:
         return len(self.offsets) - 1
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 (users,), events of each user."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """int64 (events,), the user of each event."""
+        return np.repeat(np.arange(self.num_users), self.lengths)
+
+    @cached_property
+    def stream(self) -> np.ndarray:
+        """int64 (events,), ascending: the sequence an event is part of, a user's or (per-domain order) a domain's."""
+        return self.owner if self.has_global_order else self.owner * 2 + self.domain_of(self.items)
+
+    @cached_property
     def in_both(self) -> np.ndarray:
         """Bool (users,), True for users with events in both domains."""
-        stream = streams(self.items, self.offsets, self.num_items[0], has_clock=False)
-        active = np.bincount(stream, minlength=2 * self.num_users) > 0
-        return active[::2] & active[1::2]
+        active = np.zeros((self.num_users, 2), dtype=bool)
+        active[self.owner, self.domain_of(self.items)] = True
+        return active[:, 0] & active[:, 1]
 
     @cached_property
     def num_interactions(self) -> tuple[int, int]:
@@ -129,18 +104,10 @@ class Pair:
         return in_a, len(self.items) - in_a
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 (users,), events of each user."""
-        return np.diff(self.offsets)
-
-    @cached_property
     def sha256(self) -> str:
-        """Hash of all that results depend on: events, times, order, catalogue sizes, clock, titles read from a file.
-
-        Not of names or paths.
-        """
+        """Hash of all that results depend on, not of names: events, times, order, sizes, titles read from a file."""
         digest = hashlib.sha256()
-        for array in (self.items, self.times, self.offsets, np.array([*self.num_items, self.has_clock])):
+        for array in (self.items, self.times, self.offsets, np.array([*self.num_items, self.has_global_order])):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         if self.titles is not None and self.titles.from_file:
@@ -148,13 +115,7 @@ class Pair:
         return digest.hexdigest()
 
     def sequence(self, user: int) -> np.ndarray:
-        """int64 (length,), a view of the item ids of `user`: in time order, or all of A then all of B without a clock.
-
-        Raises
-        ------
-        IndexError
-            For a user outside 0..num_users - 1.
-        """
+        """int64 (length,), a view of the item ids of `user` in time order; with per-domain order all of A, then B."""
         if not 0 <= user < self.num_users:
             raise IndexError(f"{self.name} has users 0..{self.num_users - 1}, not {user}.")
         return self.items[self.offsets[user] : self.offsets[user + 1]]
@@ -164,15 +125,9 @@ class Pair:
         items = np.asarray(items)
         return (items > self.num_items[0]).astype(np.int8) - (items == 0).astype(np.int8)
 
-    def require_clock(self, who: str) -> None:
-        """Refuse to go on where the order of events across the two domains is unknown.
-
-        Raises
-        ------
-        DataError
-            If the pair has no common clock; `who` opens the sentence.
-        """
-        if not self.has_clock:
+    def require_global_order(self, who: str) -> None:
+        """Raise `DataError` if the order of events across the two domains is unknown; `who` opens the sentence."""
+        if not self.has_global_order:
             raise DataError(
                 f"{who} needs one stream of both domains in time order, but {self.name} is a per-domain pair: events "
                 f"are ordered inside {self.domains[0]} and inside {self.domains[1]} only, so a time-ordered pair "
@@ -182,25 +137,17 @@ class Pair:
     def split(self, name: SplitName) -> Split:
         """Leave-one-out: the last event of each user is the test target, the last but one the validation target.
 
-        Without a common clock that holds for each domain of a user (`gcalib.data.split`). The histories of "val" are
-        also all that training may see. Every user of a pair has 4 events or more.
-
-        Raises
-        ------
-        ValueError
-            For another name.
+        With per-domain order that holds for each domain of a user (`gcalib.data.split`). The histories of "val" are
+        also all that training may see.
         """
         if name not in TARGET:
             raise ValueError(f"There is no split {name!r}; there are val and test.")
         if name not in self._splits:
-            self._splits[name] = leave_one_out(name, self.items, self.offsets, self.num_items[0], self.has_clock)
+            self._splits[name] = leave_one_out(name, self.items, self.owner, self.stream)
         return self._splits[name]
 
     def unseen_targets(self, name: SplitName) -> np.ndarray:
-        """Bool (examples,), True where the target occurs in no user's training history (`split("val")`).
-
-        Such an item can only be ranked by chance or by its text; 18 to 50% of the items of the real pairs occur once.
-        """
+        """Bool (examples,), True where the target occurs in no user's training history: its id tells nothing."""
         seen = np.zeros(1 + sum(self.num_items), dtype=bool)
         seen[self.split("val").history_items] = True
         return ~seen[self.split(name).targets]
@@ -211,17 +158,10 @@ class Pair:
         Uniform without replacement among the items of the target's domain that occur nowhere in the user's
         sequence. The generator is seeded by a constant and the split, so every model and run meets the same ones.
 
-        Parameters
-        ----------
-        name
-            "val" or "test".
-        k
-            Negatives a target; with the target this makes k + 1 candidates (protocol s999 is k = 999).
-
         Returns
         -------
         np.ndarray
-            int64 (examples, k). Their order carries no meaning.
+            int64 (examples, k) in no order; with the target k + 1 candidates (protocol s999 is k = 999).
 
         Raises
         ------
@@ -229,5 +169,44 @@ class Pair:
             If a user has fewer than k unseen items in the domain of the target.
         """
         if (name, k) not in self._candidates:
-            self._candidates[name, k] = draw_candidates(self, self.split(name), k)
+            self._candidates[name, k] = _draw_candidates(self, self.split(name), k)
         return self._candidates[name, k]
+
+
+def _draw_candidates(pair: Pair, split: Split, k: int) -> np.ndarray:
+    """int64 (examples, k): k of the numbers 0..free - 1, which stand for the unseen items in ascending order."""
+    rng = np.random.default_rng([CANDIDATE_SEED, TARGET[split.name]])
+    domain = pair.domain_of(split.targets)
+    first = np.where(domain == 0, 1, 1 + pair.num_items[0])
+    # Every user's items, domain by domain, ascending; a repeated item counts once.
+    base = 1 + sum(pair.num_items)
+    keys = np.unique((pair.owner * 2 + pair.domain_of(pair.items)) * base + pair.items)
+    stream, seen = np.divmod(keys, base)
+    asked = split.users * 2 + domain
+    begin, end = (np.searchsorted(stream, asked, side=side) for side in ("left", "right"))
+    free = np.asarray(pair.num_items)[domain] - (end - begin)
+    if (free < k).any():
+        example = int((free < k).argmax())
+        raise DataError(
+            f"{k} sampled candidates asked of {pair.name}, but user {split.users[example]} has only {free[example]} "
+            f"unseen items in domain {pair.domains[domain[example]]}: use fewer candidates or the full ranking."
+        )
+    chunks = (slice(start, start + CANDIDATE_ROWS) for start in range(0, len(split), CANDIDATE_ROWS))
+    drawn = np.concatenate([_sample(rng, free[rows], k) for rows in chunks])
+    for example in range(len(split)):
+        # The r-th unseen item is r + the number of seen items below it.
+        items = seen[begin[example] : end[example]] - first[example]
+        drawn[example] += np.searchsorted(items - np.arange(len(items)), drawn[example], side="right")
+    return drawn + first[:, None]
+
+
+def _sample(rng: np.random.Generator, free: np.ndarray, k: int) -> np.ndarray:
+    """int64 (rows, k): in each row k different numbers of 0..free[row] - 1 (Floyd's algorithm, CACM 1987)."""
+    rows = np.arange(len(free))
+    last = free - k + np.arange(k)[:, None]  # (k, rows): step i adds one of 0..last[i], or last[i] itself
+    picks = rng.integers(0, last, endpoint=True)
+    taken = np.zeros((len(free), int(free.max())), dtype=bool)
+    for pick, new in zip(picks, last, strict=True):
+        np.copyto(pick, new, where=taken[rows, pick])
+        taken[rows, pick] = True
+    return picks.T

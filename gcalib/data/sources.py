@@ -1,262 +1,233 @@
-"""Where data come from: `load_pair`, finding and verifying published files, and the state of every pair.
+"""Where pairs come from: `load_pair`, the files of published pairs, and what a path holds.
 
-Published pairs (`gcalib.data.registry`) are read from the folder named by the environment variable GCALIB_DATA;
-without it, from the user's cache, into which pooch downloads what is public. Every file is checked against its
-sha256 before it is parsed.
+Published pairs (`pairs.yaml`) are read from the folder named by the environment variable GCALIB_DATA; without it,
+from the user's cache, into which pooch downloads what is public. Every file is checked against its hash before it is
+parsed.
+
+A path is a folder that holds a prepared pair (one file of sequences, and a file with `map_item` in its name) or two
+files of one domain each, A and B in the order of their names: sequences or ratings (`gcalib.data.formats`). Or it is
+the names of two such files, A then B: `"sports.txt.gz + phones.csv"`. A file `titles.json` may stand beside the data:
+what the items say (`gcalib.data.text`). Each file may be gzipped (`.gz`). Others are passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pooch
 import requests
+import yaml
 
-from gcalib.data.errors import NoDataError
-from gcalib.data.files import fault, read_bytes, read_text, unpack
-from gcalib.data.pair import DataError, Pair
-from gcalib.data.paths import read_path
+from gcalib.data.formats import fault, read_bytes, read_events, read_prepared, read_titles
+from gcalib.data.pair import DataError, NoDataError, Pair, Titles
 from gcalib.data.prepare import Options, finish, match
-from gcalib.data.readers import read_prepared, read_single
-from gcalib.data.registry import PAIRS, Open, Published, Source
 from gcalib.data.synthetic import parse_name, synthetic_pair
+
+SUFFIXES = (".txt", ".csv", ".txt.gz", ".csv.gz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published file."""
+
+    path: str  # below GCALIB_DATA
+    sha256: str  # of the unpacked content, which `url` delivers
+    url: str | None = None
+    kind: str = ""  # of an item text
+
+
+@dataclass(frozen=True)
+class Published:
+    """A pair with a name, as `pairs.yaml` explains."""
+
+    domains: tuple[str, str]
+    figures: dict[str, int]
+    files: tuple[Source, Source]
+    texts: tuple[Source | None, Source | None]
+    one_domain_users: int | None = None
+
+
+def _published(entry: dict[str, Any]) -> Published:
+    lists = {key: tuple(source and Source(**source) for source in entry[key]) for key in ("files", "texts")}
+    return Published(**{**entry, **lists, "domains": tuple(entry["domains"])})
+
+
+_ENTRIES = yaml.safe_load(Path(__file__).with_name("pairs.yaml").read_bytes())
+PAIRS: dict[str, Published] = {name: _published(entry) for name, entry in _ENTRIES.items()}
 
 
 def load_pair(
     name_or_path: str | Path,
     *,
     ties: str = "shuffle",
-    tie_seed: int = 0,
     max_length: int = 50,
-    k_core: int = 1,
     min_per_domain: int | None = None,
+    k_core: int = 1,
     columns: str | None = None,
+    download: bool = True,
 ) -> Pair:
     """Load a pair of domains.
 
     Parameters
     ----------
     name_or_path
-        "synthetic", with options if wanted ("synthetic:novelty=1.0,seed=3", see `synthetic_pair`); a published pair:
-        "food-kitchen", "beauty-electronics", "cloth-sport", "electronic-phone" (both per-domain, without a common
-        clock), "electronic-phone-ts", "sport-phone", "sport-phone-open" (with users of one domain); a folder of one's
-        own data; or two files, "a.csv + b.csv".
-        The forms that files may have are described in `gcalib.data.paths`.
+        "synthetic", with options if wanted ("synthetic:novelty=1.0,seed=3", see `synthetic_pair`); a published pair,
+        such as "food-kitchen" (`python -m gcalib pairs` lists them); or a path to one's own data, a folder or two
+        files, "a.csv + b.csv" (`gcalib.data.sources`).
     ties
-        Order of a user's events at equal times: "shuffle" at random, or "published", the order of the file
-        (in which, within a day, domain A precedes B and ids ascend: an artefact that a model can learn).
-    tie_seed
-        Seed of the shuffled ties.
+        Order of a user's events at equal times: "shuffle" at random, or "published", the order of the file (where A
+        precedes B within a day, and ids ascend: an artefact that a model can learn).
     max_length
-        Events kept a user, the newest ones (without a common clock: a user and domain); 4 or more.
+        Events kept a user, the newest ones (per-domain order: a user and domain); 4 or more.
+    min_per_domain
+        Events that every user must have in each domain in the end; by default 3, as in the published cuts, for
+        single-domain files and per-domain order, else 1. With 0 users active in one domain only are let in.
     k_core
         Events that every item, and every user in each domain, must have; 1 keeps all.
-    min_per_domain
-        Events that every user must have in each domain in the end; by default 3, as in the published cuts, for raw
-        files and for pairs without a common clock, else 1. With 0 users active in one domain only are let in, where
-        the source has them.
     columns
-        Order of the columns of ratings csv files without a header, such as "item,user,rating,timestamp", where it
-        cannot be told from the data.
+        Order of the columns of ratings without a header, such as "item,user,rating,timestamp".
+    download
+        Whether a public file that is missing may be fetched.
 
-    Returns
-    -------
-    Pair
-        What was dropped is counted in `Pair.counts`; `gcalib.data.prepare` explains the steps.
+    What was dropped is counted in `Pair.counts`; `gcalib.data.prepare` explains the steps.
 
     Raises
     ------
     DataError
-        For a missing, damaged or wrong file, or a line that cannot be used: one sentence with file and line.
+        For an unknown name, a missing, damaged or wrong file, or a line that cannot be used, which it names.
     ValueError
-        For an unknown name (the message lists the known ones) or an option out of range.
+        For an option out of range.
     """
-    options = Options(ties, tie_seed, max_length, k_core, min_per_domain)
-    name = str(name_or_path)
-    if columns is not None and (name in PAIRS or name.partition(":")[0] == "synthetic"):
-        raise ValueError(f"columns={columns!r} is for ratings csv files; {name} has none.")
-    if name.partition(":")[0] == "synthetic":
+    options, name = Options(ties, max_length, k_core, min_per_domain), str(name_or_path)
+    built_in = name.partition(":")[0] == "synthetic"
+    if columns is not None and (built_in or name in PAIRS):
+        raise ValueError(f"columns={columns!r} is for ratings files; {name} has none.")
+    if built_in:
         return synthetic_pair(**parse_name(name), options=options)
-    if name in PAIRS:
-        return load_published(name, options)
-    pair = read_path(name_or_path, options, columns, known=("synthetic", *PAIRS))
-    # by a published name, one's own data would be given the published texts
-    return replace(pair, name=f"{pair.name} (own data)") if pair.name in PAIRS else pair
-
-
-def load_published(name: str, options: Options | None = None, download: bool = True) -> Pair:
-    """Load a pair of the registry, every file verified against its sha256."""
-    published, options = PAIRS[name], options or Options()
-    (path, data), (other_path, other_data) = (locate(name, source, download) for source in published.files)
-    if isinstance(published, Open):
-        a, b = read_single(path, read_text(path, data)), read_single(other_path, read_text(other_path, other_data))
-        events, sizes, has_clock = match(a, b, options.k_core, published.one_domain_users)
-        if options.min_per_domain is None:
-            options = replace(options, min_per_domain=0)
-    else:
-        events, sizes, has_clock = read_prepared(path, other_path, data, other_data)
-    return finish(
-        events, name=name, domains=published.domains, num_items=sizes, has_clock=has_clock, options=options,
-        raw=isinstance(published, Open),
-    )  # fmt: skip
-
-
-def at_hand(name: str) -> bool:
-    """Whether a pair can be loaded without a download: its files are there, or it needs none."""
     if name not in PAIRS:
-        return True
-    folder = os.environ.get("GCALIB_DATA")
-    paths = (Path(folder) / one.path if folder else cache() / one.plain_path for one in PAIRS[name].files)
-    return all(path.is_file() for path in paths)
+        return _read_path(name_or_path, options, columns)
+    published = PAIRS[name]
+    first, second = (locate(source, name, download) for source in published.files)
+    if published.one_domain_users is None:
+        return finish(read_prepared(first, second), name, published.domains, options)
+    events = match(read_events(first), read_events(second), k_core, published.one_domain_users)
+    options = replace(options, min_per_domain=min_per_domain or 0)
+    return finish(events, name, published.domains, options)
 
 
-def locate(name: str, source: Source, download: bool = True) -> tuple[Path, bytes]:
-    """Find a published file and read its verified bytes.
+def _read_path(path: str | Path, options: Options, columns: str | None) -> Pair:
+    """A pair from a folder, or from two files joined by a plus sign."""
+    text, folder = str(path), Path(path)
+    item_maps: list[Path] = []
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+        item_maps = [file for file in files if "map_item" in file.name]
+        events = [file for file in files if file.name.endswith(SUFFIXES) and "map_" not in file.name]
+        name = folder.resolve().name
+        if (len(item_maps), len(events)) not in ((1, 1), (0, 2)):
+            found = ", ".join(file.name for file in files) or "nothing"
+            wanted = "one text file with one map_item file, or two single-domain files (or name them: 'a.txt + b.txt')"
+            raise DataError(f"{folder} holds {found}; a pair is {wanted}.")
+    elif text.count("+") == 1:
+        events = [Path(part.strip()) for part in text.split("+")]
+        folder, name = events[0].parent, "-".join(_stem(file) for file in events)
+    else:
+        known = ", ".join(("synthetic", *PAIRS))
+        raise DataError(f"{text!r} is neither a pair ({known}) nor a folder, nor are they two files, 'a.csv + b.csv'.")
+    if item_maps and columns is not None:
+        raise ValueError(f"columns={columns!r} is for ratings; {folder} holds a prepared pair.")
+    if item_maps:
+        first, _, second = name.partition("-")
+        domains = (first, second) if first and second and "-" not in second else ("a", "b")
+        read = read_prepared(events[0], item_maps[0])
+    else:
+        domains = _stem(events[0]), _stem(events[1])
+        a, b = (read_events(file, columns) for file in events)
+        read = match(a, b, options.k_core, None if options.min_per_domain == 0 else 0)
+    files = [file for end in ("json", "json.gz") if (file := folder / f"titles.{end}").is_file()]
+    if len(files) == 2:
+        raise DataError(f"{folder} holds both titles.json and titles.json.gz; one file of titles was expected.")
+    titles = Titles(read_titles(files[0]), from_file=True) if files else None
+    # by a published name, one's own data would be given the published texts
+    return finish(read, f"{name} (own data)" if name in PAIRS else name, domains, options, titles)
 
-    Raises
-    ------
-    DataError
-        If the file is missing and cannot be downloaded, or is not the published one.
-    """
-    folder = os.environ.get("GCALIB_DATA")
-    if folder:
-        wanted = f"{source.path} (sha256 {source.sha256}) was expected in it for the pair {name}"
-        path = Path(folder) / source.path
-        if not path.is_file():
-            raise NoDataError(f"GCALIB_DATA={folder} has no file {path}: {wanted}.")
-        data = read_bytes(path)
-        _verify(path, data, source)
-        return path, data
-    path = cache() / source.plain_path
-    if source.url is None:
-        needed = dict.fromkeys((*PAIRS[name].files, source))
-        files = (f"{file.path} (sha256 {file.sha256})" for file in needed)
-        what = name if source in PAIRS[name].files else f"The item text of {name}"
-        raise NoDataError(
-            f"{what} has no public download: put {' and '.join(files)} into a folder and set the environment variable "
-            "GCALIB_DATA to that folder."
-        )
-    if download:
-        _download(source, path)
-    elif not path.is_file():
-        raise NoDataError(f"{path} is missing; load_pair({name!r}) downloads it.")
-    data = read_bytes(path)
-    _verify(path, data, source)
-    return path, data
+
+def _stem(path: Path) -> str:
+    """Name of a domain: "sports_5core" of `sports_5core.txt.gz`."""
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
 
 
 def cache() -> Path:
-    """The folder that downloads are kept in."""
+    """The folder that downloads, and vectors of texts, are kept in."""
     return Path(pooch.os_cache("gcalib"))
+
+
+def locate(source: Source, pair: str, download: bool = True, verify: bool = True) -> Path:
+    """The path of a published file, its hash checked; `NoDataError` if it is missing and cannot be downloaded."""
+    data = os.environ.get("GCALIB_DATA")
+    path = Path(data) / source.path if data else cache() / source.path.removesuffix(".gz")
+    if not data and source.url and download:
+        _download(source, path)
+    if not path.is_file():
+        files = dict.fromkeys((*PAIRS[pair].files, source))
+        advice = f"load_pair({pair!r}) downloads it"
+        if data or not source.url:
+            named = " and ".join(f"{file.path} (sha256 of its content {file.sha256})" for file in files)
+            advice = f"set the environment variable GCALIB_DATA to a folder that holds {named}"
+        raise NoDataError(f"{path}, a file of {pair}, is missing; {advice}.")
+    if verify and (found := hashlib.sha256(read_bytes(path)).hexdigest()) != source.sha256:
+        what = f"is not the published file: its content has sha256 {found}, expected {source.sha256}"
+        raise fault(path, None, f"{what}; copy or download it again.")
+    return path
 
 
 def _download(source: Source, path: Path) -> None:
     """Have the public original in the cache; pooch writes to a temporary file and renames it once its hash is right."""
+    downloader = pooch.HTTPDownloader(timeout=30, progressbar=False)
     try:
-        pooch.retrieve(
-            source.url,
-            known_hash=f"sha256:{source.content_sha256}",
-            path=path.parent,
-            fname=path.name,
-            downloader=pooch.HTTPDownloader(timeout=30, progressbar=False),
-        )
+        pooch.retrieve(source.url, f"sha256:{source.sha256}", path.name, path.parent, downloader=downloader)
     except (OSError, ValueError) as error:  # what requests raises is an OSError; a wrong hash is a ValueError
         unreachable = isinstance(error, requests.ConnectionError | requests.Timeout)
         reason = "the server cannot be reached" if unreachable else " ".join(str(error).split()).rstrip(".")
         raise NoDataError(
             f"{source.url} could not be downloaded ({reason}); set the environment variable GCALIB_DATA to a folder "
-            f"that holds {source.path} (sha256 {source.sha256}) to do without."
+            f"that holds {source.path} to do without."
         ) from None
 
 
-def _verify(path: Path, data: bytes, source: Source) -> None:
-    """Refuse bytes that are neither the published file nor the same content packed anew."""
-    found = hashlib.sha256(data).hexdigest()
-    if found in (source.sha256, source.content_sha256):
-        return
-    remark = ""
-    if path.suffix == ".gz":
-        try:
-            if hashlib.sha256(unpack(path, data)).hexdigest() == source.content_sha256:
-                return
-        except DataError:
-            remark = " and is not a complete gzip file"
-    raise fault(path, None, f"has sha256 {found}{remark}; expected {source.sha256}: copy or download it again.")
-
-
-def statistics(pair: Pair) -> dict[str, Any]:
-    """Figures that describe a pair.
-
-    Returns
-    -------
-    dict
-        users; items, events and mean events a user for each domain (`_a`, `_b`); `tie_share`, the share of
-        neighbouring events of a user (without a clock: and domain) with known times that fall on the same time;
-        `last_tied_share`, the share of users whose last event is tied with the one before (NaN without a clock);
-        `unseen_share`, the share of test targets that occur in no training history; `users_in_both`, those active in
-        both domains;
-        `items_once`, items that occur once; `clock`.
-    """
-    owner = np.repeat(np.arange(pair.num_users), pair.lengths)
-    stream = owner if pair.has_clock else owner * 2 + pair.domain_of(pair.items)
-    neighbours = (np.diff(stream) == 0) & (pair.times[1:] >= 0) & (pair.times[:-1] >= 0)
-    tied = neighbours & (np.diff(pair.times) == 0)
-    last = tied[pair.offsets[1:] - 2]
-    return {
-        "users": pair.num_users,
-        "items_a": pair.num_items[0],
-        "items_b": pair.num_items[1],
-        "events_a": pair.num_interactions[0],
-        "events_b": pair.num_interactions[1],
-        "mean_a": pair.num_interactions[0] / pair.num_users,
-        "mean_b": pair.num_interactions[1] / pair.num_users,
-        "tie_share": float(tied.sum() / neighbours.sum()) if neighbours.any() else float("nan"),
-        "last_tied_share": float(last.mean()) if pair.has_clock else float("nan"),
-        "unseen_share": float(pair.unseen_targets("test").mean()),
-        "users_in_both": int(pair.in_both.sum()),
-        "items_once": int(np.count_nonzero(np.bincount(pair.items) == 1)),
-        "clock": pair.has_clock,
-    }
-
-
-def report(download: bool = False) -> pd.DataFrame:
-    """State of every known pair: where it was found, whether it is the published one, and what is in it.
-
-    Parameters
-    ----------
-    download
-        Whether to download what is public and missing.
+def report(*, download: bool = False, verify: bool = False) -> pd.DataFrame:
+    """State of every known pair: where it was found, whether it is the published one, and how large it is.
 
     Returns
     -------
     pandas.DataFrame
-        One row a pair: `name`; `found` ("built in", "GCALIB_DATA", "cache" or "missing"); `verified` (all hashes
-        right; None where files are missing); the columns of `statistics`, empty where the pair cannot be read;
-        `counts`, what reading dropped or changed, as text; `problem`, the sentence that says why a pair cannot be read.
+        One row a pair: `name`; `found` ("built in", "GCALIB_DATA", "cache" or "missing"); `verified`, whether all
+        hashes are right (None without `verify`, or if files are missing); the columns of `statistics`; `problem`, why
+        it cannot be read.
     """
-    rows = []
-    for name in ("synthetic", *PAIRS):
-        row: dict[str, Any] = {"name": name, "found": "built in", "verified": True, "problem": ""}
+    figures = statistics(load_pair("synthetic"))
+    rows = [{"name": "synthetic", "found": "built in", "verified": None, **figures, "problem": ""}]
+    for name, published in PAIRS.items():
+        found, problem = "GCALIB_DATA" if os.environ.get("GCALIB_DATA") else "cache", ""
+        verified: bool | None = verify or None
         try:
-            pair = load_pair(name) if name == "synthetic" else load_published(name, download=download)
-            row |= statistics(pair)
-            row["counts"] = ", ".join(f"{key} {number}" for key, number in pair.counts.items())
+            for source in published.files:
+                locate(source, name, download, verify)
+        except NoDataError as error:
+            found, verified, problem = "missing", None, str(error)
         except DataError as error:
-            row |= {"verified": None if isinstance(error, NoDataError) else False, "problem": str(error)}
-        if name in PAIRS:
-            row["found"] = _where(PAIRS[name])
-        rows.append(row)
+            verified, problem = False, str(error)
+        rows.append({"name": name, "found": found, "verified": verified, **published.figures, "problem": problem})
     return pd.DataFrame(rows)
 
 
-def _where(published: Published | Open) -> str:
-    folder, sources = os.environ.get("GCALIB_DATA"), published.files
-    if folder:
-        return "GCALIB_DATA" if all((Path(folder) / source.path).is_file() for source in sources) else "missing"
-    return "cache" if all((cache() / source.plain_path).is_file() for source in sources) else "missing"
+def statistics(pair: Pair) -> dict[str, int]:
+    """Size of a pair: `users`, and `items` and `events` of each domain (`_a`, `_b`); and `has_global_order`."""
+    names = ("users", "items_a", "items_b", "events_a", "events_b", "has_global_order")
+    numbers = (pair.num_users, *pair.num_items, *pair.num_interactions, pair.has_global_order)
+    return dict(zip(names, numbers, strict=True))
