@@ -4,32 +4,40 @@ Companion of the notebooks beside it and of the paper *Cross-attention Secretly 
 Recommendation Models* (arXiv 2510.09435).
 """
 
-from __future__ import annotations
-
-from gcalib import alignment, ranking
-from gcalib.attention import GatedCrossAttention
-from gcalib.config import Profile, RunConfig, notebook_parameters
-from gcalib.data import load_pair
-from gcalib.evaluation import score
-from gcalib.experiments import run
-from gcalib.grid import run_grid
-from gcalib.models import build_model
-from gcalib.store import load_curves, load_results
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GatedCrossAttention",
-    "Profile",
-    "RunConfig",
-    "alignment",
-    "build_model",
-    "load_curves",
-    "load_pair",
-    "load_results",
-    "notebook_parameters",
-    "ranking",
-    "run",
-    "run_grid",
-    "score",
-]
+# A public name is imported at its first use, so that the command line need not wait for torch.
+_HOMES = {
+    "GatedCrossAttention": "attention",
+    "Profile": "config",
+    "RunConfig": "config",
+    "alignment": "",
+    "build_model": "models.matching",
+    "fit": "training",
+    "load_curves": "store",
+    "load_model": "experiments",
+    "load_pair": "data.sources",
+    "load_results": "store",
+    "notebook_parameters": "config",
+    "ranking": "",
+    "recommend": "evaluation",
+    "record_activations": "attention",
+    "run": "experiments",
+    "run_grid": "experiments",
+    "score": "evaluation",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gcalib' has no attribute {name!r}")
+    home = importlib.import_module(f"gcalib.{_HOMES[name] or name}")
+    return getattr(home, name) if _HOMES[name] else home
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,10 +1,10 @@
-"""Gated cross-attention (arXiv 2510.09435, section 3) and the taps through which it is studied.
+"""Gated cross-attention (arXiv 2510.09435, section 3), what it may attend to, and a record of its activations.
 
     X'   = CA(X, Y)                     query X, key and value Y, multi-head
-    gate = act(FFN([X ; Y]))            one value a feature, act = sigmoid or tanh
+    gate = act(FFN([X ; Y]))            one value per feature, act = sigmoid or tanh
     out  = LayerNorm(X + gate * X')
 
-`GatedCrossAttention(dim, heads)(x, y)` is the plain tensor form; models call `.rows`, the same on packed rows.
+B sequences, Lx queries and Ly keys, width dim.
 """
 
 from __future__ import annotations
@@ -12,279 +12,258 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gcalib.config import divisors
-from gcalib.layers import attend, merge_heads, split_heads
-from gcalib.packing import Layout
+from gcalib.layers import Dropout, attend, merge_heads, split_heads
 
 Gate = Literal["sigmoid", "tanh"]
 
 
-@dataclass(frozen=True)
-class Tap:
-    """What one gated cross-attention saw and made in one forward pass, detached, over its real query rows.
+def visible(query_position: Int[Tensor, "B Lx"], position: Int[Tensor, "B Ly"]) -> Bool[Tensor, "B Lx Ly"]:
+    """What each query may attend to without seeing the future: `position <= query_position`.
 
-    `y` is the row that stands beside x in the gate's input (zero where there is none); `updated` is False for rows
-    without a visible key, whose `x_prime` is exactly zero. `attention` holds the weights when they were asked for,
-    left-aligned (pads last), as the module sees them; `padded` puts pads first.
+    `position` is the newest event that a key depends on, `query_position` the newest one that the prediction made from
+    a query may depend on (`gcalib.data.batches`).
+
+    Examples
+    --------
+    Five events a1 b1 b2 a2 b3, of which b3 is a target only. The rows a1 and a2 of domain A, from which a2 and the
+    next A item after b3 are predicted, look at the rows b1 and b2 of domain B: a1 sees both, since b1 and b2 come
+    before a2. In the other direction, b1 (which predicts b2) sees a1 only, and b2 (which predicts b3) sees a2 too.
+
+    >>> a, b = torch.tensor([[0, 3]]), torch.tensor([[1, 2]])
+    >>> a_query, b_query = torch.tensor([[2, 3]]), torch.tensor([[1, 3]])
+    >>> visible(a_query, b).int().tolist(), visible(b_query, a).int().tolist()
+    ([[[1, 1], [1, 1]]], [[[1, 0], [1, 1]]])
+    """
+    return position.unsqueeze(1) <= query_position.unsqueeze(2)
+
+
+def causal_mask(mask: Bool[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
+    """Self-attention: each row sees the real rows before it and itself."""
+    columns = torch.arange(mask.size(1), device=mask.device)
+    earlier = columns <= columns.unsqueeze(1)
+    return (earlier & mask.unsqueeze(1)) | (columns == columns.unsqueeze(1))
+
+
+def newest_visible(y: Float[Tensor, "B Ly dim"], mask: Bool[Tensor, "B Lx Ly"]) -> Float[Tensor, "B Lx dim"]:
+    """For each query the last row of y that `mask` shows it, zero where it shows none: the Y of `FFN([X ; Y])`."""
+    places = torch.arange(1, mask.size(2) + 1, device=mask.device)
+    newest = (mask * places).amax(dim=2)  # 0: none
+    padded = F.pad(y, (0, 0, 1, 0))
+    return padded[torch.arange(y.size(0), device=y.device).unsqueeze(1), newest]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one gated cross-attention read and made in one forward pass, detached.
+
+    `y` is the row beside x in the gate's input, zero where there is none; `mask` is True at real queries; `updated` is
+    True at those that saw a key (elsewhere x_prime is exactly zero); `attention` holds the weights if asked for.
     """
 
     name: str
-    x: Float[Tensor, "rows dim"]
-    y: Float[Tensor, "rows dim"]
-    x_prime: Float[Tensor, "rows dim"]
-    gate: Float[Tensor, "rows dim"]
-    out: Float[Tensor, "rows dim"]
-    updated: Bool[Tensor, " rows"]
-    sequence: Int[Tensor, " rows"]
-    batch: int
-    attention: Float[Tensor, "batch heads length_x length_y"] | None
-
-    def padded(self, values: Float[Tensor, "rows dim"]) -> Float[Tensor, "batch length dim"]:
-        """One of the tap's tensors with the pads back in front, so that equal places are equally recent."""
-        return Layout.of(self.sequence, self.batch, from_right=True).pad(values)
-
-    def real(self) -> Bool[Tensor, "batch length"]:
-        """Mask of real positions in the `padded` form."""
-        return Layout.of(self.sequence, self.batch, from_right=True).real()
+    x: Float[Tensor, "B Lx dim"]
+    y: Float[Tensor, "B Lx dim_y"]
+    x_prime: Float[Tensor, "B Lx dim"]
+    gate: Float[Tensor, "B Lx dim"]
+    out: Float[Tensor, "B Lx dim"]
+    mask: Bool[Tensor, "B Lx"]
+    updated: Bool[Tensor, "B Lx"]
+    attention: Float[Tensor, "B heads Lx Ly"] | None
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries X over keys and values Y.
+    """Multi-head attention of queries X over keys and values Y (Vaswani et al. 2017, arXiv 1706.03762)."""
 
-    Raises
-    ------
-    ValueError
-        If `heads` does not divide `dim`; the message lists the head counts that do.
-    """
-
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, dim_y: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads={heads} does not divide dim={dim}; heads may be {divisors(dim)}.")
         self.heads = heads
         self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        self.key_value = nn.Linear(dim_y or dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
+        self.dropout = Dropout(dropout)
 
-    def rows(
-        self,
-        x: Float[Tensor, "rows_x dim"],
-        y: Float[Tensor, "rows_y dim"],
-        layout_x: Layout,
-        layout_y: Layout,
-        mask: Bool[Tensor, "batch length_x length_y"],
-        *,
-        weights: bool = False,
-    ) -> tuple[Float[Tensor, "rows_x dim"], Bool[Tensor, " rows_x"], Tensor | None]:
-        """Attend on packed rows.
+    def forward(
+        self, x: Float[Tensor, "B Lx dim"], y: Float[Tensor, "B Ly dim_y"], mask: Bool[Tensor, "B Lx Ly"]
+    ) -> Float[Tensor, "B Lx dim"]:
+        """X', exactly zero for a query that `mask` shows no key."""
+        q, k, v = self._heads(x, y)  # (B, h, L, p)
+        sees = mask.any(dim=2, keepdim=True)
+        # softmax over nothing is NaN: such queries attend to everything, and their result is erased
+        x_prime = self.out(merge_heads(attend(q, k, v, mask | ~sees)))
+        return self.dropout(x_prime) * sees
 
-        Returns
-        -------
-        x_prime
-            Exactly zero for a row that `mask` shows no key.
-        updated
-            Whether the row was shown any.
-        attention
-            The weights `(batch, heads, length_x, length_y)` if `weights`, else None.
-        """
-        q = split_heads(layout_x.pad(self.query(x)), self.heads)
-        k, v = (split_heads(t, self.heads) for t in layout_y.pad(self.key_value(y)).chunk(2, dim=-1))
-        visible = mask.any(dim=2)
-        # A softmax over nothing is NaN, and NaN times zero is NaN: let such rows see everything, then erase them.
-        shown = (mask | ~visible.unsqueeze(2)).unsqueeze(1)
-        attention = None
-        if weights:
-            logits = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
-            attention = logits.detach().masked_fill(~shown, float("-inf")).softmax(dim=-1) * visible[:, None, :, None]
-        heads = attend(q, k, v, shown)
-        updated = visible.view(-1)[layout_x.index]
-        x_prime = self.out(layout_x.unpad(merge_heads(heads)))
-        return x_prime * updated.unsqueeze(1), updated, attention
+    @torch.no_grad()
+    def weights(self, x: Tensor, y: Tensor, mask: Tensor) -> Float[Tensor, "B heads Lx Ly"]:
+        """The attention weights, zero for a query that sees no key."""
+        q, k, _ = self._heads(x, y)
+        logits = (q @ k.transpose(2, 3)) * q.size(-1) ** -0.5
+        return logits.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(dim=-1).nan_to_num(0.0)
+
+    def _heads(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return tuple(split_heads(t, self.heads) for t in (self.query(x), *self.key_value(y).chunk(2, dim=-1)))
 
 
 class GatedCrossAttention(nn.Module):
-    """`LayerNorm(x + gate * x_prime)`, `x_prime = CA(x, y)`, `gate = act(FFN([x ; y]))` (arXiv 2510.09435, eq. of GCA).
+    """`LayerNorm(x + gate * x_prime)`, `x_prime = CA(x, y)`, `gate = act(FFN([x ; y]))` (arXiv 2510.09435).
 
-    The FFN has two layers, `2 dim -> dim -> dim`, with a ReLU between them.
+    The FFN has two layers, `dim + dim_y -> dim -> dim`, with a ReLU between them.
 
     Parameters
     ----------
     dim
-        Width of x and y.
+        Width of x.
     heads
         Heads of the cross-attention; must divide `dim`.
     gate
         `"sigmoid"` (0 to 1) or `"tanh"` (-1 to 1).
+    dim_y
+        Width of y; None is `dim`.
+    dropout
+        Rate at which features of x_prime are dropped in training.
 
     Raises
     ------
     ValueError
         For a head count that does not divide the width, or another gate.
+
+    Examples
+    --------
+    >>> gca = GatedCrossAttention(dim=8, heads=2, dim_y=6)
+    >>> gca(torch.randn(3, 5, 8), torch.randn(3, 7, 6), causal=True).shape
+    torch.Size([3, 5, 8])
     """
 
-    def __init__(self, dim: int, heads: int, gate: Gate = "sigmoid") -> None:
+    def __init__(
+        self, dim: int, heads: int, gate: Gate = "sigmoid", *, dim_y: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if gate not in ("sigmoid", "tanh"):
             raise ValueError(f"gate={gate!r} is unknown; the gates are sigmoid and tanh.")
-        self.dim = dim
+        self.dim, self.dim_y = dim, dim_y or dim
         self.name = "gca"
-        self.attention = CrossAttention(dim, heads)
-        self.gate_ffn = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.gate_name = gate
+        self.cross_attention = CrossAttention(dim, heads, self.dim_y, dropout)
+        self.gate = nn.Sequential(nn.Linear(dim + self.dim_y, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.activation = nn.Sigmoid() if gate == "sigmoid" else nn.Tanh()
         self.norm = nn.LayerNorm(dim)
-        self._taps: list[Tap] | None = None
-        self._tap_weights = False
+        self._recorded: list[Activations] | None = None
+        self._record_weights = False
 
     def forward(
         self,
-        x: Float[Tensor, "batch length_x dim"],
-        y: Float[Tensor, "batch length_y dim"],
+        x: Float[Tensor, "B Lx dim"],
+        y: Float[Tensor, "B Ly dim_y"],
         *,
-        query_mask: Bool[Tensor, "batch length_x"] | None = None,
-        key_mask: Bool[Tensor, "batch length_y"] | None = None,
+        query_mask: Bool[Tensor, "B Lx"] | None = None,
+        key_mask: Bool[Tensor, "B Ly"] | None = None,
         causal: bool = False,
-    ) -> Float[Tensor, "batch length_x dim"]:
+        mask: Bool[Tensor, "B Lx Ly"] | None = None,
+    ) -> Float[Tensor, "B Lx dim"]:
         """Update x from y.
 
-        Sequences are aligned at their newest ends: with unequal lengths, position i of x stands beside position
-        `i + length_y - length_x` of y, both in the gate's input (zeros where y has no such or no real position)
-        and in the causal form, where a query sees its own and earlier positions only.
+        Rows are counted back from each sequence's newest real row, wherever the pads stand: the n-th newest row of y
+        is beside the n-th newest row of x in the gate's input (zeros where y has no such row).
 
         Parameters
         ----------
         query_mask, key_mask
-            True at real positions; None for all. A query that is a pad, or sees no key, gets no update: its X' is
-            exactly zero and the output is `LayerNorm(x)` there.
+            True at real rows; None for all. A query that is a pad, or sees no key, gets no update: its x_prime is
+            exactly zero and the output there is `LayerNorm(x)`. So it is for all queries if y is empty.
         causal
-            Hide keys that are newer than the query.
+            Hide the keys that are newer than the one beside the query.
+        mask
+            What each query may see, instead of `causal`; the newest row that it shows is then beside the query.
 
         Raises
         ------
         ValueError
             If the shapes of x, y and the masks do not fit each other.
         """
-        self._check(x, y, query_mask, key_mask)
-        B, Lx, _ = x.size()
-        Ly = y.size(1)
-        queries = torch.ones(B, Lx, dtype=torch.bool, device=x.device) if query_mask is None else query_mask
-        keys = torch.ones(B, Ly, dtype=torch.bool, device=x.device) if key_mask is None else key_mask
-        beside = torch.arange(Lx, device=x.device) + Ly - Lx
-        mask = queries.unsqueeze(2) & keys.unsqueeze(1)
-        if causal:
-            mask = mask & (torch.arange(Ly, device=x.device) <= beside.unsqueeze(1))
-        exists = (beside >= 0) & keys[:, beside.clamp(min=0)]
-        partner = y[:, beside.clamp(min=0)] * exists.unsqueeze(2)
-        sequence_x = torch.arange(B, device=x.device).repeat_interleave(Lx)
-        layout_x = Layout(B, Lx, torch.arange(B * Lx, device=x.device))
-        layout_y = Layout(B, Ly, torch.arange(B * Ly, device=x.device))
-        out = self.rows(
-            x.reshape(B * Lx, -1), y.reshape(B * Ly, -1), partner.reshape(B * Lx, -1), layout_x, layout_y, mask,
-            sequence=sequence_x, real=queries.reshape(-1),
-        )  # fmt: skip
-        return out.view(B, Lx, -1)
+        queries = torch.ones_like(x[..., 0], dtype=torch.bool) if query_mask is None else query_mask
+        keys = torch.ones_like(y[..., 0], dtype=torch.bool) if key_mask is None else key_mask
+        self._check(x, y, queries, keys, mask)
+        if y.size(1) == 0:
+            y, keys = F.pad(y, (0, 0, 0, 1)), F.pad(keys, (0, 1))
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        real = queries.unsqueeze(2) & keys.unsqueeze(1)
+        beside = real & (visible(-_age(queries), -_age(keys)) if mask is None else mask)
+        mask = beside if causal or mask is not None else real
+        y_beside_x = newest_visible(y, beside)
 
-    def rows(
-        self,
-        x: Float[Tensor, "rows_x dim"],
-        y: Float[Tensor, "rows_y dim"],
-        partner: Float[Tensor, "rows_x dim"],
-        layout_x: Layout,
-        layout_y: Layout,
-        mask: Bool[Tensor, "batch length_x length_y"],
-        *,
-        sequence: Int[Tensor, " rows_x"],
-        real: Bool[Tensor, " rows_x"] | None = None,
-    ) -> Float[Tensor, "rows_x dim"]:
-        """The same on packed rows: `partner` is the row of y beside each row of x, zero where there is none."""
-        x_prime, updated, attention = self.attention.rows(x, y, layout_x, layout_y, mask, weights=self._tap_weights)
-        gate = self.activation(self.gate_ffn(torch.cat([x, partner], dim=1)))
+        x_prime = self.cross_attention(x, y, mask)
+        gate = self.activation(self.gate(torch.cat([x, y_beside_x], dim=-1)))
         out: Tensor = self.norm(x + gate * x_prime)
-        if self._taps is not None:
-            kept = slice(None) if real is None else real
-            x, partner, x_prime, gate = (t.detach()[kept] for t in (x, partner, x_prime, gate))
-            self._taps.append(
-                Tap(
-                    self.name, x, partner, x_prime, gate, out.detach()[kept], updated[kept], sequence[kept],
-                    layout_x.batch, attention,
-                )
-            )  # fmt: skip
+
+        if self._recorded is not None:
+            weights = self.cross_attention.weights(x, y, mask) if self._record_weights else None
+            read = x.detach(), y_beside_x.detach(), x_prime.detach(), gate.detach(), out.detach()
+            self._recorded.append(Activations(self.name, *read, queries, mask.any(dim=2), weights))
         return out
 
-    def activation(self, logits: Tensor) -> Tensor:
-        """The gate's non-linearity."""
-        return logits.sigmoid() if self.gate_name == "sigmoid" else logits.tanh()
-
-    def _check(self, x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> None:
-        fits = x.dim() == y.dim() == 3 and len(x) == len(y) and x.size(2) == y.size(2) == self.dim
-        if not fits or not x.numel() or not y.numel():
+    def _check(self, x: Tensor, y: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None) -> None:
+        fits = x.dim() == y.dim() == 3 and x.size(0) == y.size(0)  # len(x) would fix the batch of an exported program
+        if not fits or (x.size(2), y.size(2)) != (self.dim, self.dim_y):
             raise ValueError(
-                f"x {tuple(x.shape)} and y {tuple(y.shape)} must be (batch, length, {self.dim}) with the same batch, "
-                "neither empty."
+                f"x {tuple(x.shape)} and y {tuple(y.shape)} must be (batch, length, {self.dim}) and "
+                f"(batch, length, {self.dim_y}) with the same batch."
             )
-        for name, mask, of in (("query_mask", query_mask, x), ("key_mask", key_mask, y)):
-            if mask is not None and (mask.shape != of.shape[:2] or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"{name} is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool {tuple(of.shape[:2])}."
-                )
+        B, Lx, Ly = x.size(0), x.size(1), y.size(1)
+        for name, given, shape in (
+            ("query_mask", queries, (B, Lx)), ("key_mask", keys, (B, Ly)), ("mask", mask, (B, Lx, Ly))
+        ):  # fmt: skip
+            if given is not None and (given.shape != shape or given.dtype != torch.bool):
+                raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}; it must be torch.bool {shape}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which do not record."""
+        return {**self.__dict__, "_recorded": None}
+
+
+def _age(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """1 at the newest real row, 2 at the one before it, wherever the pads stand."""
+    return mask.flip(1).cumsum(dim=1).flip(1)
 
 
 @contextmanager
-def tapping(model: nn.Module, *, weights: bool = False) -> Iterator[list[Tap]]:
-    """Collect a `Tap` from every gated cross-attention of `model` in each forward pass inside the block.
+def record_activations(model: nn.Module, *, weights: bool = False) -> Iterator[list[Activations]]:
+    """Collect the `Activations` of every gated cross-attention of `model` in each forward pass inside the block.
 
-    The measurements read tensors that the pass makes anyway, so no second pass is needed. Clear the list between
-    batches to keep memory flat.
+    Clear the list between batches to keep memory flat.
 
     Parameters
     ----------
     weights
-        Collect the attention weights too (they are computed beside the fused attention, at its cost again).
+        Record the attention weights too, which are computed a second time for it.
     """
-    taps: list[Tap] = []
-    modules = [module for module in model.modules() if isinstance(module, GatedCrossAttention)]
-    for module in modules:
-        module._taps, module._tap_weights = taps, weights
-    try:
-        yield taps
-    finally:
-        for module in modules:
-            module._taps, module._tap_weights = None, False
+    recorded: list[Activations] = []
+    with _recording(model, recorded, weights):
+        yield recorded
 
 
 @contextmanager
-def untapped(model: nn.Module) -> Iterator[None]:
-    """Keep what passes inside the block out of `tapping`: passes over other sequences than those being measured."""
+def recording_paused(model: nn.Module) -> Iterator[None]:
+    """Record nothing inside the block: passes over other sequences than those being studied."""
+    with _recording(model, None, False):
+        yield
+
+
+@contextmanager
+def _recording(model: nn.Module, recorded: list[Activations] | None, weights: bool) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, GatedCrossAttention)]
-    kept = [module._taps for module in modules]
+    before = [(module._recorded, module._record_weights) for module in modules]
     for module in modules:
-        module._taps = None
+        module._recorded, module._record_weights = recorded, weights
     try:
         yield
     finally:
-        for module, taps in zip(modules, kept, strict=True):
-            module._taps = taps
-
-
-def newest_visible(
-    y: Float[Tensor, "rows_y dim"], layout_y: Layout, mask: Bool[Tensor, "batch length_x length_y"], layout_x: Layout
-) -> Float[Tensor, "rows_x dim"]:
-    """For each query row, the last row of y that `mask` shows it, zero where it shows none.
-
-    The paper writes `FFN([X_A ; X_B])` for streams aligned position by position; on packed streams of their own
-    lengths this is what stands beside a query.
-    """
-    places = torch.arange(1, layout_y.length + 1, device=y.device)
-    newest = (mask * places).amax(dim=2) - 1
-    flat = newest + layout_y.length * torch.arange(layout_y.batch, device=y.device).unsqueeze(1)
-    place_of_row = torch.full((layout_y.batch * layout_y.length,), -1, device=y.device)
-    place_of_row[layout_y.index] = torch.arange(len(layout_y.index), device=y.device)
-    row = place_of_row[flat.clamp(min=0)].masked_fill(newest < 0, -1).view(-1)[layout_x.index]
-    # one zero row at the end, which index -1 finds
-    return torch.cat([y, y.new_zeros(1, y.shape[1])])[row]
-
+        for module, state in zip(modules, before, strict=True):
+            module._recorded, module._record_weights = state

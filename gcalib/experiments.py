@@ -1,176 +1,176 @@
-"""Runs: `run(config)` gives a record, from the store if it is there, else by training."""
+"""Runs: `run` trains what the store does not hold and fetches what it does; `run_grid` does so for many at once."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib.metadata
 import logging
 import resource
 import sys
-from collections.abc import Generator
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pandas as pd
+import safetensors.torch
 import torch
 
 from gcalib.attention import GatedCrossAttention
+from gcalib.cluster import outcomes, share
 from gcalib.config import RunConfig, run_id
-from gcalib.data.errors import NoDataError
 from gcalib.data.pair import DataError, Pair
-from gcalib.data.sources import at_hand, load_pair
+from gcalib.data.sources import load_pair
 from gcalib.evaluation import evaluate
-from gcalib.models import Recommender, build_model, matched
-from gcalib.models.cost import flops_per_step, parameter_counts
-from gcalib.records import RESULTS_VERSION, trace
-from gcalib.store import RunStore
-from gcalib.training import finish, fit_in_steps, pick_device
+from gcalib.models.base import Recommender
+from gcalib.models.matching import build_model, flops_per_step, matched, parameter_counts
+from gcalib.store import RESULTS_VERSION, RunStore, trace, write
+from gcalib.training import fit, pick_device
 
 log = logging.getLogger("gcalib")
-FRESH = 4  # draws of an untrained cross-attention that a null is the mean of
+DRAWS = 4  # re-initialised cross-attentions that a null level is the mean of
 
 
-@functools.lru_cache(maxsize=4)
-def _pair(name: str, ties: str, tie_seed: int, max_length: int, min_per_domain: int | None) -> Pair:
-    return load_pair(name, ties=ties, tie_seed=tie_seed, max_length=max_length, min_per_domain=min_per_domain)
+class GridError(RuntimeError):
+    """Some runs of a grid failed; the others, if any, are stored. `failures` says why, by config."""
+
+    def __init__(self, failures: dict[RunConfig, str], stored: int) -> None:
+        self.failures = failures
+        others = "the others are stored" if stored else "and there were no others"
+        lines = (f"{config.model_dump(exclude_defaults=True)}: {error}" for config, error in failures.items())
+        super().__init__(f"{len(failures)} run(s) failed, {others}. " + " | ".join(lines))
+
+
+_pair = functools.lru_cache(maxsize=4)(load_pair)
 
 
 def pair_of(config: RunConfig, download: bool = True) -> Pair:
-    """The pair of a config, with its tie order, maximum length and minimum (kept for the next call).
-
-    Without `download` a pair that is not at hand is a `NoDataError`.
-    """
-    if not download and not at_hand(config.pair):
-        raise NoDataError(f"{config.pair} is not at hand; load_pair({config.pair!r}) downloads what is public.")
-    return _pair(config.pair, config.ties, config.tie_seed, config.max_length, config.min_per_domain)
+    """The pair of a config, kept for the next call; without `download`, DataError if it is not on this machine."""
+    fields = config.model_dump(include={"ties", "max_length", "min_per_domain"})
+    with suppress(DataError):
+        return _pair(config.pair, **fields, download=False)
+    return _pair(config.pair, **fields, download=download)
 
 
 def run(
-    config: RunConfig, store: str | Path = "results", *, device: str = "auto", wait: bool = True
+    config: RunConfig,
+    store: str | Path = "results",
+    *,
+    device: str = "auto",
+    wait: bool = True,
+    keep_model: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate and measure one config, or fetch its record if the store has it.
 
-    An interrupted run resumes from its checkpoint. A second process that asks for a run under way waits for it, or
-    without `wait` raises `BusyError`.
+    An interrupted run resumes from its checkpoint.
+
+    Parameters
+    ----------
+    wait
+        Whether to wait for another process that works on the run, or to raise `BusyError`.
+    keep_model
+        Keep the weights for `load_model`; a run that is stored without them is trained again.
 
     Returns
     -------
     dict
-        The config's fields, `run_id`, `params_*` (see `parameter_counts`), `flops_per_step`,
-        `seconds`, `peak_memory_bytes` (the process's, so of all seeds that it ran at once), `epochs_trained`,
-        `best_epoch`, `stopped_early` (False: cut by `epochs`),
-        `code_version`, `results_version`, `data_sha256`, `clock` (False: a per-domain
-        pair, whose contexts may be later than their targets), and `<split>.<domain>...` figures of the best epoch
-        (see `gcalib.evaluation.evaluate`; beside it `null_init_mean_abs` and `null_fresh_mean_abs`, of untrained
-        cross-attention: set back to the run's start, and drawn anew).
+        The config's fields; id, sizes, costs and versions; the figures of the best epoch (`gcalib.evaluation.evaluate`)
+        behind `val.` or `test.`, with two more nulls of an alignment (`_untrained_cosines`).
 
     Raises
     ------
-    DivergedError
-        If the loss stops being finite; nothing is recorded.
-    ValueError
-        If the data is bad, or missing while the store has no such run.
+    DivergedError, DataError
+        If the loss stops being finite; if the data is bad, or missing while the store has no such run.
     """
-    return finish(run_in_steps(config, store, device=device, wait=wait))
+    config, runs = config.canonical(), RunStore(store)
+    name = _name(config, runs, download=True)
 
+    def is_missing() -> bool:
+        return runs.get(name) is None or (keep_model and not runs.model_path(name).exists())
 
-def run_in_steps(
-    config: RunConfig, store: str | Path = "results", *, device: str = "auto", wait: bool = True
-) -> Generator[None, None, dict[str, Any]]:
-    """`run`, with a pause after each training step (see `gcalib.training.fit_in_steps`); the run is held meanwhile."""
-    config = config.canonical()
-    runs = RunStore(store)
-    try:
-        pair = pair_of(config, download=False)
-    except DataError:
-        if (record := runs.find(config)) is not None:
-            trace([record])  # nobody downloads data to read what is finished
-            return record
-        pair = pair_of(config)
-    name = run_id(config, pair.sha256, RESULTS_VERSION)
-    if (record := runs.get(name)) is None:
+    if is_missing():
         with runs.lock(name, wait=wait):
-            if runs.get(name) is None:
-                checkpoint = runs.checkpoint_path(name)
-                runs.put(*(yield from _compute(config, pair, name, checkpoint, pick_device(device))))
-                checkpoint.unlink(missing_ok=True)
-        record = runs.get(name)
-        assert record is not None, f"{name} was stored a moment ago and is gone"
+            if is_missing():
+                _complete(config, name, runs, device, keep_model)
+    record = runs.get(name)
+    assert record is not None
     trace([record])
     return record
 
 
-def _compute(
-    config: RunConfig, pair: Pair, name: str, checkpoint: Path, device: torch.device
-) -> Generator[None, None, tuple[dict[str, Any], list[dict[str, float]]]]:
-    _reset_peak_memory(device)
-    twin = matched(config, pair) if config.match else None
-    trained = twin.config if twin else config  # what is built and trained; the record keeps what was asked for
-    done = yield from fit_in_steps(trained, pair, device, checkpoint)
+def load_model(run_id: str, store: str | Path = "results") -> Recommender:
+    """The trained model of a run, on the CPU, ready to score.
+
+    Raises
+    ------
+    ValueError
+        If the store has no such run or not its weights, or if this machine has another version of its data.
+    """
+    runs = RunStore(store)
+    if (record := runs.get(run_id)) is None:
+        raise ValueError(f"{runs.folder} holds no run {run_id!r}.")
+    if not (path := runs.model_path(run_id)).exists():
+        raise ValueError(f"The weights of {run_id} are not stored: gcalib.run(config, keep_model=True) keeps them.")
+    config = RunConfig(**{name: record[name] for name in RunConfig.model_fields})
+    if (pair := pair_of(config)).sha256 != record["data_sha256"]:
+        raise ValueError(f"{run_id} was trained on another version of {config.pair} than is on this machine.")
+    model = build_model(config, pair)
+    model.load_state_dict(safetensors.torch.load_file(path))
+    return model.eval()
+
+
+def _name(config: RunConfig, runs: RunStore, *, download: bool) -> str:
+    """The run's id. What is stored is found without its data; DataError if it is not, and the data is not here."""
+    try:
+        data_sha256 = pair_of(config, download=False).sha256
+    except DataError:
+        if record := runs.find(config):
+            return str(record["run_id"])
+        data_sha256 = pair_of(config, download).sha256
+    return run_id(config, data_sha256, RESULTS_VERSION)
+
+
+def _complete(config: RunConfig, name: str, runs: RunStore, device: str, keep_model: bool = False) -> None:
+    """Train, evaluate, measure and store a run that this process has locked."""
+    stored, pair, target = runs.get(name), pair_of(config), pick_device(device)
+    if stored:
+        log.info("%s is stored without its weights: it is trained again to keep them.", name)
+    _reset_peak_memory(target)
+    done = fit(config, pair, device=target, checkpoint=runs.checkpoint_path(name))
     model = done.model
     figures: dict[str, float] = {}
     for split in ("val", "test"):
         figures |= {f"{split}.{key}": value for key, value in evaluate(model, pair, split).items()}
-    if trained.gca:
-        figures |= _untrained_cosines(model, trained, pair)
+    if config.gca and not config.match:
+        figures |= _untrained_cosines(model, config, pair)
     record = {
         "run_id": name,
         **config.model_dump(),
         **parameter_counts(model),
         "flops_per_step": flops_per_step(model, pair, config.batch_size) if model.trained else 0,
         "seconds": done.seconds,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": _peak_memory(target),
         "epochs_trained": len(done.curves) - 1,
         "best_epoch": done.best_epoch,
         "stopped_early": done.stopped_early,
-        "code_version": _code_version(),
+        "precision_used": done.precision,
+        "code_version": importlib.metadata.version("gcalib"),
         "results_version": RESULTS_VERSION,
         "data_sha256": pair.sha256,
-        "clock": pair.has_clock,
-        "device": device.type,
+        "has_global_order": pair.has_global_order,
+        "device": target.type,
         "threads": torch.get_num_threads(),
-        **({} if twin is None else twin.facts()),
+        **(matched(config, pair).facts() if config.match else {}),
         **model.facts(),
         **figures,
     }
-    return {**record, "gca": list(config.gca)}, done.curves
-
-
-def _untrained_cosines(model: Recommender, config: RunConfig, pair: Pair) -> dict[str, float]:
-    """Mean |cos(X, X')| of the trained model with its cross-attention untrained: the third null, in two forms.
-
-    `null_init_mean_abs` sets the modules back to the start of the run, through which the rest was trained and to which
-    it may have adapted: this is a level to compare with, not one of independence. `null_fresh_mean_abs` draws them
-    anew, from seeds that the run has not seen, and is the mean over `FRESH` draws.
-    """
-    figures: dict[str, float] = {}
-    mixed = copy.deepcopy(model)
-    for seed in range(config.seed, config.seed + FRESH + 1):
-        measure, draws = ("null_init_mean_abs", 1) if seed == config.seed else ("null_fresh_mean_abs", FRESH)
-        _untrain(mixed, config, pair, seed)
-        for split in ("val", "test"):
-            for key, value in evaluate(mixed, pair, split, protocols=()).items():  # measured, not ranked
-                point, _, name = key.rpartition(".")
-                if name == "cos_mean_abs":
-                    column = f"{split}.{point}.{measure}"
-                    figures[column] = figures.get(column, 0.0) + value / draws
-    return figures
-
-
-def _untrain(model: Recommender, config: RunConfig, pair: Pair, seed: int) -> None:
-    """Give every cross-attention of a model the weights that it has before training under a seed, in place."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        untrained = dict(build_model(config, pair).named_modules())
-    for name, module in model.named_modules():
-        if isinstance(module, GatedCrossAttention):
-            module.load_state_dict(untrained[name].state_dict())
-
-
-def _code_version() -> str:
-    import gcalib
-
-    return gcalib.__version__
+    if keep_model:
+        state = {key: value.cpu().contiguous().clone() for key, value in model.state_dict().items()}
+        write(runs.model_path(name), safetensors.torch.save(state))
+    if stored is None or stored["results_version"] != RESULTS_VERSION:
+        runs.put(record, done.curves)
+    runs.checkpoint_path(name).unlink(missing_ok=True)
 
 
 def _reset_peak_memory(device: torch.device) -> None:
@@ -186,7 +186,130 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
     if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _untrained_cosines(model: Recommender, config: RunConfig, pair: Pair) -> dict[str, float]:
+    """Mean |cos(X, X')| of the trained model with its cross-attention untrained: the third null, in two forms.
+
+    `null_initial_mean_abs` has the weights that the run began with, through which the rest was trained and to which it
+    may have adapted: a level to compare with, not one of independence. `null_reinitialised_mean_abs` is the mean over
+    `DRAWS` seeds that the run has not seen.
+    """
+    figures: dict[str, float] = {}
+    mixed = copy.deepcopy(model)
+    for seed in range(config.seed, config.seed + DRAWS + 1):
+        measure, draws = ("initial", 1) if seed == config.seed else ("reinitialised", DRAWS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            untrained = dict(build_model(config, pair).named_modules())
+        for name, module in mixed.named_modules():
+            if isinstance(module, GatedCrossAttention):
+                module.load_state_dict(untrained[name].state_dict())
+        for split in ("val", "test"):
+            for key, value in evaluate(mixed, pair, split, protocols=()).items():  # measured, not ranked
+                if key.endswith(".cos_mean_abs"):
+                    column = f"{split}.{key.removesuffix('cos_mean_abs')}null_{measure}_mean_abs"
+                    figures[column] = figures.get(column, 0.0) + value / draws
+    return figures
+
+
+def run_grid(
+    configs: Iterable[RunConfig],
+    store: str | Path = "results",
+    *,
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    device: str = "auto",
+    **cluster: Any,
+) -> pd.DataFrame:
+    """Run every config that the store does not hold; return all their records, one row each, in the order given.
+
+    A run that fails, or whose process dies twice, stops no other. Processes on several machines may be given the same
+    grid and store: they share the work.
+
+    Parameters
+    ----------
+    engine
+        `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install -e '.[cluster]'`).
+    workers
+        Local processes; they share the machine's cores evenly.
+    cluster
+        With `engine="ray"`, see `gcalib.cluster.outcomes`: `cpus`, `gpus`, `gather`, `address`.
+
+    Raises
+    ------
+    GridError
+        After all other runs have finished, if some failed.
+    ValueError
+        For no configs, an unknown engine or an argument it does not take, or a device that is not there.
+    """
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine={engine!r} is unknown; the engines are local and ray.")
+    if engine == "local" and cluster:
+        raise ValueError(f"{', '.join(sorted(cluster))}: read by engine='ray' only.")
+    if workers < 1:
+        raise ValueError(f"workers={workers}: it must be 1 or more.")
+    if engine == "local" or not device.startswith("cuda"):  # which the nodes of a cluster may have
+        pick_device(device)
+    asked = [config.canonical() for config in configs]
+    if not asked:
+        raise ValueError("There is no run to do: the list of configs is empty, as it is for a profile without a grid.")
+    runs = RunStore(store)
+    names, failures = _names(asked, runs, download=engine == "local")
+    stored = set(runs.names())
+    todo = {name: config for config, name in names.items() if name not in stored}
+    try:
+        if engine == "local" and todo:
+            failed = share(_complete, todo, runs, min(workers, len(todo)), device)
+            failures |= {todo[name]: error for name, error in failed.items()}
+        elif engine == "ray" and (todo or failures):  # the nodes may have data that is not here
+            waiting, failures = [*todo.values(), *failures], {}
+            for config, name, error in outcomes(run, waiting, runs, device=device, **cluster):
+                (failures if error else names)[config] = error or name
+    except KeyboardInterrupt:
+        said = "Interrupted: what was finished is stored, what was running resumes from its last checkpoint."
+        raise KeyboardInterrupt(said) from None
+    if failures:
+        raise GridError(failures, len(set(asked)) - len(failures))
+    frame = runs.frame([names[config] for config in asked])
+    trace(frame)
+    return frame
+
+
+def _names(
+    configs: Iterable[RunConfig], runs: RunStore, *, download: bool
+) -> tuple[dict[RunConfig, str], dict[RunConfig, str]]:
+    """Run ids by config; and, of those whose data is not here, what is wrong with it."""
+    names: dict[RunConfig, str] = {}
+    failures: dict[RunConfig, str] = {}
+    lost: dict[str, str] = {}
+    for config in dict.fromkeys(configs):
+        try:
+            names[config] = _name(config, runs, download=download and config.pair not in lost)
+        except DataError as error:
+            failures[config] = lost.setdefault(config.pair, str(error))
+    return names, failures
+
+
+def plan(configs: Sequence[RunConfig], store: str | Path = "results") -> dict[str, float]:
+    """What a grid still has to do, for `--dry-run`.
+
+    Returns
+    -------
+    dict
+        `runs`; `left`, those not stored; `hours` that these take in one process, at the mean seconds of stored runs of
+        their model, pair and width, or else of their model; `unknown`, how many of them have no such run to go by.
+    """
+    runs = RunStore(store)
+    asked = dict.fromkeys(config.canonical() for config in configs)
+    names, _ = _names(asked, runs, download=False)
+    done = runs.frame()
+    known: dict[Any, float] = {}
+    for columns in ("model", ["model", "pair", "dim"]) if len(done) else ():
+        known |= done.groupby(columns)["seconds"].mean().to_dict()
+    left = [config for config in asked if done.empty or names.get(config) not in set(done["run_id"])]
+    seconds = [known.get((c.model, c.pair, c.dim), known.get(c.model)) for c in left]
+    hours = sum(second or 0.0 for second in seconds) / 3600
+    return {"runs": len(asked), "left": len(left), "hours": hours, "unknown": seconds.count(None)}

@@ -1,21 +1,21 @@
 """The run store: a folder of finished runs.
 
-    records/<run_id>.parquet      one row: the config, the figures, what they cost
-    curves/<run_id>.parquet       one row an epoch (epoch 0 is the untrained model)
-    checkpoints/<run_id>.pt       of runs under way
-    locks/<run_id>.lock           held while a process works on a run; freed by the system when it dies
+    runs/<run_id>.json               a new run: its record, its curves, and a hash of both
+    records.parquet, curves.parquet  runs that `compact` merged: a row a run; a row an epoch (0 is the untrained model)
+    models/<run_id>.safetensors      weights, of runs that were asked to keep them
+    checkpoints/<run_id>.pt          of runs under way
+    locks/<run_id>.lock              held while a process works on a run; the system frees it when the process dies
 
-`RunStore.compact` merges the records, and the curves, of many runs into one file each, `compacted.parquet` beside
-them. Files appear whole or not at all: they are written beside their place and renamed, and what a killed process left
-half written is removed by whoever takes up its run. Locks are those of the file system, so machines may share a store.
+Files appear whole or not at all: they are written under another name and renamed. Machines may share a store.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,162 +25,137 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from gcalib.config import RunConfig
-from gcalib.records import (
-    CHANGES,
-    COMPACTED,
-    DEFAULTS,
-    RESULTS_VERSION,
-    compacted,
-    compacted_table,
-    equal,
-    frame_of,
-    loose,
-    made,
-    read,
-    record_of,
-    schema_of,
-    signature,
-    trace,
-    with_defaults,
-    without,
-    write,
-)
+from gcalib.config import RunConfig, run_id
 
-log = logging.getLogger("gcalib")
-MANY_FILES = 2000  # loose records, from which on reading them one by one is a nuisance
-SAMPLE = 50  # loose records that estimates learn from
+CHANGES = {1: "the first results", 2: "padded batches, the cosine schedule, options of published code by name"}
+"""Results versions and what each changed. Add one whenever a change alters results: older records answer no longer."""
+
+RESULTS_VERSION = max(CHANGES)
+ANSWERING = (1, 2)
+"""Versions whose records answer. Those of version 1 were given the ids of version 2; the next one will be alone."""
+
+CIRCUMSTANCES = ("seconds", "peak_memory_bytes", "device", "threads")
+"""Columns of a record that may differ between two runs of the same config."""
+
+DEFAULTS = {name: field.default for name, field in RunConfig.model_fields.items() if not field.is_required()}
+"""What a record means that is older than one of the config's fields."""
+
+LISTS = {"gca": pa.list_(pa.int64()), "published": pa.list_(pa.string())}
 
 
 class BusyError(RuntimeError):
-    """Another process, here or on another machine, is at the run."""
+    """Another process, here or on another machine, works on the run."""
 
 
 class RunStore:
-    """A folder of finished runs (see the module's docstring).
-
-    Parameters
-    ----------
-    folder
-        Made when the first run is stored.
-    """
+    """A folder of finished runs (see the module's docstring), made when the first one is stored."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def record_path(self, name: str) -> Path:
-        """Where the record of a run id is, or will be, until it is compacted."""
-        return self.folder / "records" / f"{name}.parquet"
-
-    def curve_path(self, name: str) -> Path:
-        """Where the curves of a run id are, or will be, until they are compacted."""
-        return self.folder / "curves" / f"{name}.parquet"
+    def run_path(self, name: str) -> Path:
+        """Where a run is stored until it is merged."""
+        return self.folder / "runs" / f"{name}.json"
 
     def checkpoint_path(self, name: str) -> Path:
         """Where an interrupted run resumes from."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
-    def names(self) -> list[str]:
-        """Run ids of all finished runs."""
-        return sorted({*loose(self.folder / "records"), *compacted(self.folder / "records")})
+    def model_path(self, name: str) -> Path:
+        """Where the weights of a run are, if they were kept."""
+        return self.folder / "models" / f"{name}.safetensors"
 
-    def has(self, name: str) -> bool:
-        """Whether a run is finished."""
-        return self.record_path(name).exists() or name in compacted(self.folder / "records")
+    def names(self) -> list[str]:
+        """Ids of all finished runs whose records answer."""
+        new, merged = self._new(), self._merged()
+        answering = pc.is_in(merged["results_version"], pa.array(ANSWERING))
+        return sorted({*new, *merged["run_id"].filter(answering).to_pylist()})
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """The record of a run id, or None if the run is not finished."""
-        path = self.record_path(name)
-        if path.exists():
-            with suppress(FileNotFoundError):  # another process has just compacted it
-                return record_of(read(path))
-        if name not in compacted(self.folder / "records"):
-            return None
-        table = compacted_table(self.folder / "records")
-        return record_of(table.filter(pc.equal(table["run_id"], name)))
-
-    def curves(self, name: str) -> list[dict[str, float]]:
-        """The curves of a finished run, one dict an epoch, as `put` takes them."""
-        rows = frame_of(self.folder / "curves", [name]).drop(columns="run_id").to_dict("records")
-        return [{str(key): value for key, value in row.items() if value == value} for row in rows]
-
-    def frame(self, run_ids: Sequence[str] | None = None, *, stale: bool = False) -> pd.DataFrame:
-        """All records, or those named in that order (a name may come twice); see `load_results`."""
-        frame = with_defaults(frame_of(self.folder / "records", run_ids))
-        if run_ids is not None:
-            return frame.set_index("run_id", drop=False).rename_axis(None).loc[list(run_ids)].reset_index(drop=True)
-        if stale and not frame.empty:
-            frame["stale"] = frame["results_version"].map(_changed_since)
-        elif not frame.empty:
-            frame = frame[frame["results_version"] == RESULTS_VERSION].reset_index(drop=True)
-        return frame
+        """The record of a run id; None if the run is not finished, or of a results version that no longer answers."""
+        try:
+            record, _ = read_run(self.run_path(name))
+        except FileNotFoundError:
+            if (row := (merged := self._merged())["run_id"].index(name).as_py()) < 0:
+                return None
+            record = {key: value for key, value in merged.slice(row, 1).to_pylist()[0].items() if value is not None}
+        fields = {key: record.get(key, default) for key, default in DEFAULTS.items()}
+        lists = {key: tuple(fields[key]) for key in LISTS}
+        return {**record, **fields, **lists} if record["results_version"] in ANSWERING else None
 
     def find(self, config: RunConfig) -> dict[str, Any] | None:
-        """The record of a config, by its fields alone: for machines without the data.
+        """The record of a config, for machines without the data; ValueError if the store has it on several versions."""
+        ids = [run_id(config, sha256, RESULTS_VERSION) for pair, sha256 in self._data if pair == config.pair]
+        found = [record for name in ids if (record := self.get(name))]
+        if len(found) > 1:
+            raise ValueError(f"{self.folder} holds this config on several versions of {config.pair}: load the data.")
+        return found[0] if found else None
 
-        Raises
-        ------
-        ValueError
-            If runs on different versions of the data are stored.
-        """
-        (name,) = self.find_names([config])
-        return None if name is None else self.get(name)
+    def frame(self, run_ids: Sequence[str] | None = None) -> pd.DataFrame:
+        """All records that answer, or those named in that order (a name may come twice)."""
+        frame: pd.DataFrame = self._table("records", run_ids).to_pandas()
+        if frame.empty:
+            return frame
+        for name, default in DEFAULTS.items():
+            if name not in frame:
+                frame[name] = default
+            elif default is not None and frame[name].isna().any():
+                frame[name] = frame[name].where(frame[name].notna(), default).infer_objects()
+        for name in LISTS:
+            frame[name] = [tuple(value.tolist()) for value in frame[name]]
+        if run_ids is None:
+            return frame[frame["results_version"].isin(ANSWERING)].reset_index(drop=True)
+        return frame.set_index("run_id", drop=False).rename_axis(None).loc[list(run_ids)].reset_index(drop=True)
 
-    def find_names(self, configs: Iterable[RunConfig]) -> list[str | None]:
-        """Run ids of configs, None where there is none; see `find`."""
-        ids = _by_fields(self.folder, signature(self.folder / "records"))
-        found: list[str | None] = []
-        for config in configs:
-            names = ids.get(_key(config.canonical().model_dump()), {})
-            if len(set(names.values())) > 1:
-                raise ValueError(
-                    f"{self.folder} holds this config on several versions of {config.pair}: load the data."
-                )
-            found.append(next(iter(names), None))
-        return found
+    @functools.cached_property
+    def _data(self) -> set[tuple[str, str]]:
+        """Pairs of the stored runs, each with the hash of its data."""
+        frame = self.frame()
+        return set(zip(frame["pair"], frame["data_sha256"], strict=True)) if len(frame) else set()
 
-    def costs(self, columns: Sequence[str]) -> pd.DataFrame:
-        """Columns of finished runs to learn from: of all merged runs, and of some of the others."""
-        folder = self.folder / "records"
-        # ids are hashes, so that the first ones are a sample like any other
-        names = sorted({*loose(folder)[:SAMPLE], *compacted(folder)})
-        frame = with_defaults(frame_of(folder, names, [*columns, "results_version"]))
-        return frame if frame.empty else frame[frame["results_version"] == RESULTS_VERSION].reset_index(drop=True)
+    def _new(self) -> list[str]:
+        """Ids of the runs that have a file of their own; a copy that some program made has a longer name."""
+        return sorted(path.stem for path in (self.folder / "runs").glob(f"{'?' * 16}.json"))
 
-    def advise(self) -> None:
-        """Log a sentence if the store holds so many loose records that reading them takes long."""
-        if (count := len(loose(self.folder / "records"))) > MANY_FILES:
-            log.info(
-                "%s holds %s records in files of their own; `python -m gcalib compact --store %s` merges them, "
-                "and it is quicker to read.",
-                self.folder, f"{count:,}", self.folder,
-            )  # fmt: skip
+    def _merged(self, kind: str = "records") -> pa.Table:
+        """The table of merged runs, which is kept until its file changes."""
+        path = self.folder / f"{kind}.parquet"
+        if not path.exists():
+            return _from_rows([])
+        stat = path.stat()
+        return _read_table(path, (stat.st_mtime_ns, stat.st_ino))
 
-    def tidy(self) -> None:
-        """Remove what killed processes left behind of runs that are finished."""
-        with suppress(OSError):  # a store may be there for reading only
-            for path in (self.folder / "locks").glob("*.lock"):
-                if self.has(path.stem):
-                    with self.lock(path.stem):
-                        self.checkpoint_path(path.stem).unlink(missing_ok=True)
+    def _table(self, kind: str, run_ids: Sequence[str] | None = None) -> pa.Table:
+        """Records or curves of all runs, or of those named, by run id; without columns that are all empty."""
+        rows: list[dict[str, Any]] = []
+        for name in self._new() if run_ids is None else set(run_ids):
+            with suppress(FileNotFoundError):  # it is merged, perhaps a moment ago: the table is read after this
+                record, curves = read_run(self.run_path(name))
+                rows += [record] if kind == "records" else [{"run_id": name, **row} for row in curves]
+        merged, new = self._merged(kind), _from_rows(rows)
+        if run_ids is not None:
+            merged = merged.filter(pc.is_in(merged["run_id"], pa.array(run_ids, pa.string())))
+        merged = merged.filter(pc.invert(pc.is_in(merged["run_id"], new["run_id"])))
+        table = pa.concat_tables([merged, new], promote_options="permissive")
+        filled = [name for name in table.column_names if name == "run_id" or table[name].null_count < len(table)]
+        return table.select(filled).sort_by("run_id")
 
     def put(self, record: dict[str, Any], curves: list[dict[str, float]]) -> None:
-        """Store a finished run: the record last, since its presence says that all is there."""
-        name = record["run_id"]
-        # floats throughout, so that files of different runs have one schema
-        rows = [{"run_id": name, **{key: float(value) for key, value in row.items()}} for row in curves]
-        write(self.curve_path(name), pa.Table.from_pylist(rows, schema=schema_of(rows)))
-        write(self.record_path(name), pa.Table.from_pylist([{**record, "gca": list(record["gca"])}]))
+        """Store a finished run."""
+        plain = json.loads(json.dumps([record, curves], default=lambda number: number.item()))
+        content = {"sha256": _sha256(plain), "record": plain[0], "curves": plain[1]}
+        write(self.run_path(record["run_id"]), json.dumps(content, indent=1).encode())
 
     @contextmanager
     def lock(self, name: str, *, wait: bool = True) -> Iterator[None]:
         """Hold a run for this process; wait while another, here or on another machine, holds it, or raise BusyError."""
         path = self.folder / "locks" / f"{name}.lock"
-        held, left = FileLock(path), path.exists()
+        held = FileLock(path)
         try:
-            made(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             held.acquire(blocking=wait)
         except Timeout:
             raise BusyError(f"Run {name} is under way in another process.") from None
@@ -188,81 +163,104 @@ class RunStore:
             reason = error.strerror or str(error)
             raise OSError(f"{self.folder} cannot be written ({reason}), and run {name} is not in it.") from error
         try:
-            # a process that was killed at the run left its lock, too; a folder of many runs takes long to look through
-            for kind in ("records", "curves", "checkpoints") if left else ():
-                _sweep(self.folder / kind, name)
+            for left in self.folder.glob(f"*/.{name}.*"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
             yield
-            if self.has(name):
-                # Whoever still waits, or comes next, looks for the record first: the file is not needed any more.
-                path.unlink(missing_ok=True)
+            if name in self.names():
+                path.unlink(missing_ok=True)  # who still waits for it, or comes next, looks for the record first
         finally:
             held.release()
 
     def compact(self) -> int:
-        """Merge all records into one file, and all curves; returns the number of runs in it.
+        """Merge all new runs into two files; returns the number of runs in them.
 
-        Runs that others finish meanwhile stay files of their own. A kill at any moment loses nothing: a loose file is
-        removed only after the merged one is in place, and one that is in both counts once.
+        Runs that others finish meanwhile stay files of their own. A kill at any moment loses nothing: a file is removed
+        only when the merged ones are in place, and a run that is in both counts once.
         """
-        with FileLock(made(self.folder / "locks") / "compact.lock"):
-            for kind in ("curves", "records"):
-                folder = self.folder / kind
-                _sweep(folder, COMPACTED)
-                apart = [folder / f"{name}.parquet" for name in loose(folder)]
-                kept = without(compacted_table(folder), [path.stem for path in apart])
-                if apart:
-                    tables = [kept, *(read(path) for path in apart)]
-                    write(folder / f"{COMPACTED}.parquet", pa.concat_tables(tables, promote_options="default"))
-                for path in apart:
-                    path.unlink(missing_ok=True)
-        return len(compacted(self.folder / "records"))
+        if new := self._new():
+            (self.folder / "locks").mkdir(exist_ok=True)
+            with FileLock(self.folder / "locks" / "compact.lock"):
+                for kind in ("curves", "records"):
+                    buffer = pa.BufferOutputStream()
+                    table = self._table(kind)
+                    pq.write_table(table, buffer, compression="zstd", write_statistics=False, write_page_checksum=True)
+                    write(self.folder / f"{kind}.parquet", buffer.getvalue().to_pybytes())
+                for name in new:
+                    self.run_path(name).unlink(missing_ok=True)
+        return len(self._merged())
 
 
-def load_results(store: str | Path = "results", *, stale: bool = False) -> pd.DataFrame:
-    """Every finished record of a store, one row a run; an empty frame if there is none.
-
-    Parameters
-    ----------
-    stale
-        Also records of an older results version, which no run would return any more. The column `stale` then says
-        what has changed since, and is empty for the others.
-    """
-    frame = RunStore(store).frame(stale=stale)
+def load_results(store: str | Path = "results") -> pd.DataFrame:
+    """Every finished record of a store, one row a run; an empty frame if there is none."""
+    frame = RunStore(store).frame()
     trace(frame)
     return frame
 
 
 def load_curves(store: str | Path = "results", run_ids: Sequence[str] | None = None) -> pd.DataFrame:
     """Curves of the store's finished runs (or of those named), one row an epoch, `run_id` beside them."""
-    return frame_of(Path(store) / "curves", RunStore(store).names() if run_ids is None else run_ids)
+    frame: pd.DataFrame = RunStore(store)._table("curves", run_ids).to_pandas()
+    return frame
 
 
-def _changed_since(version: int) -> str:
-    return "; ".join(change for number, change in sorted(CHANGES.items()) if number > version)
+def record_sha256(record: dict[str, Any]) -> str:
+    """Hash of a record's id, which speaks for config and data, and of its numbers but for its circumstances."""
+    kept = sorted(key for key in record if key not in (*CIRCUMSTANCES, *DEFAULTS))
+    numbers = [(key, float(record[key])) for key in kept if isinstance(record[key], (int, float, np.number))]
+    return _sha256([record["run_id"], [(key, number) for key, number in numbers if number == number]])
 
 
-def _key(fields: dict[str, Any]) -> str:
-    plain = {name: tuple(fields[name]) if name == "gca" else fields[name] for name in RunConfig.model_fields}
-    plain = {name: None if equal(value, None) else value for name, value in plain.items()}
-    return json.dumps(plain, sort_keys=True, default=lambda number: number.item())  # numpy's, from a frame
+def trace(records: pd.DataFrame | Iterable[dict[str, Any]]) -> None:
+    """Note which records a notebook used, if its execution asks for that (`GCALIB_TRACE` names a file)."""
+    if target := os.environ.get("GCALIB_TRACE"):
+        rows: Iterable[Any] = records.to_dict("records") if isinstance(records, pd.DataFrame) else records
+        with open(target, "a", encoding="utf-8") as file:
+            file.writelines(f"{row['run_id']} {record_sha256(row)}\n" for row in rows)
 
 
-def _sweep(folder: Path, name: str) -> None:
-    """Remove what a process left that was killed while it wrote a file of that name."""
-    with suppress(FileNotFoundError):
-        for entry in os.listdir(folder):  # much quicker than a glob, in a folder of many runs
-            if entry.startswith(f".{name}."):
-                (folder / entry).unlink(missing_ok=True)
+def write(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # random, since processes on two machines may have the same number
+    temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or the name may outlive a power cut, and the content not
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-@functools.lru_cache(maxsize=2)
-def _by_fields(folder: Path, _: tuple[Any, ...]) -> dict[str, dict[str, str]]:
-    """Run ids of every config stored, with the current results version, and the hash of their data."""
-    found: dict[str, dict[str, str]] = {}
-    for row in RunStore(folder).frame().to_dict("records"):
-        fields = {name: row[name] for name in RunConfig.model_fields}
-        for name, value in fields.items():  # a column with gaps holds its integers as floats
-            if isinstance(value, float) and not np.isnan(value) and isinstance(DEFAULTS.get(name), (int, type(None))):
-                fields[name] = int(value)
-        found.setdefault(_key(fields), {})[row["run_id"]] = row["data_sha256"]
-    return found
+def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Record and curves in the file of a new run; ValueError, which says what to do, if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("sha256") != _sha256(list(content.values())):
+            raise ValueError("its content does not have the hash that it names")
+        return content["record"], content["curves"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it to run it again.") from error
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _read_table(path: Path, version: tuple[int, int]) -> pa.Table:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): it holds many runs, so restore it from a copy.") from error
+
+
+def _from_rows(rows: list[dict[str, Any]]) -> pa.Table:
+    types = {"run_id": pa.string(), "results_version": pa.int64(), **LISTS}
+    columns = dict.fromkeys(["run_id", "results_version", *(key for row in rows for key in row)])
+    return pa.table({key: pa.array([row.get(key) for row in rows], types.get(key)) for key in columns})

@@ -1,9 +1,8 @@
-"""Batches against a slow reference that looks at one user, one slot and one row at a time."""
+"""Batches against a slow reference that looks at one user and one event at a time."""
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,198 +10,320 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcalib.data.batches import Batch, length_batches, make_batch, shuffled_batches
+from gcalib.data.batches import (
+    NEVER,
+    Batch,
+    Stream,
+    batches_of_users,
+    collate,
+    events_per_domain,
+    rows_at,
+    shuffled_batches,
+)
+from gcalib.data.synthetic import synthetic_pair
 
 NUM_A, NUM_B = 6, 7
-SEQUENCES = st.lists(st.lists(st.integers(1, NUM_A + NUM_B), min_size=2, max_size=10), min_size=1, max_size=4)
+OF_A, OF_B = st.integers(1, NUM_A), st.integers(NUM_A + 1, NUM_A + NUM_B)
+ORDERED = st.lists(st.lists(OF_A | OF_B, min_size=2, max_size=10), min_size=1, max_size=4)
+PER_DOMAIN = st.lists(
+    st.tuples(st.lists(OF_A, max_size=6), st.lists(OF_B, max_size=6)).filter(any), min_size=1, max_size=4
+)
+PAD = {"items": 0, "position": NEVER, "query_position": -1, "recency": 0, "targets": 0, "predicts": False}
 
-Row = dict[str, int]
+Rows = dict[int, dict[str, int | bool]]  # by column
 
 
-def domain(item: int) -> int:
-    return 0 if item <= NUM_A else 1
-
-
-def rows_of_user(events: list[int], slots: int, of: int | None, window: int, tails: bool, published: bool) -> list[Row]:
-    """The rows of one stream of one user; `of` is the domain, None for the mixed stream."""
-    rows: list[Row] = []
-    for e in range(slots):
-        if of is None:
-            slot = e
-        elif domain(events[e]) != of:
-            continue
-        else:
-            later = [t for t in range(e + 1, len(events)) if domain(events[t]) == of]
-            if not later and not tails:
-                continue
-            slot = later[0] - 1 if later else slots - 1
-        rows.append({"items": events[e], "seen": e, "slot": slot})
-    # the padded form of the official code: the newest slot in the last column, one column a slot, zero where no row is
-    columns = [0] * window
-    for row in rows:
-        columns[window - slots + row["slot"]] = row["items"]
-    for rank, row in enumerate(rows):
-        own = window - slots + row["slot"]
-        row["pads"] = columns[: own + 1].count(0)
-        row["position"] = len(rows) - rank if published else slots - row["seen"]
+def rows_of_domain(
+    events: list[int], inputs: int, domain: int, training: bool, keep_last_item: bool, recency_in_domain: bool
+) -> Rows:
+    """A domain's stream of one user, where the order of all events is known; the first `inputs` are the history."""
+    rows: Rows = {}
+    mine = [place for place, item in enumerate(events) if (item > NUM_A) == domain]
+    held = [place for place in mine if place < inputs]
+    for column, place in enumerate(held, start=1):
+        newest = place == mine[-1]  # no event of the domain follows
+        if not (training and newest) or keep_last_item:
+            rows[column] = {**PAD, "items": events[place], "position": place, "query_position": inputs - 1}
+    for column, row in rows.items():
+        row["recency"] = len(rows) - column + 1 if recency_in_domain else inputs - held[column - 1]
+    # the prediction of event `place` is made from the domain's newest row before it, and may depend on all before it
+    for place in range(1, inputs + 1):
+        known = place < len(events)
+        if (events[place] > NUM_A) == domain if known else not training:
+            row = rows.setdefault(sum(earlier < place for earlier in mine), dict(PAD))
+            row |= {"query_position": place - 1, "targets": events[place] if known else 0, "predicts": True}
     return rows
 
 
-def reference(sequences: list[list[int]], window: int, training: bool, tails: bool, published: bool) -> dict[str, Any]:
-    """All that `make_batch` should return, as lists."""
-    streams: dict[str, list[Row]] = {"mixed": [], "a": [], "b": []}
-    queries: dict[str, list[Row]] = {"a": [], "b": []}
-    last: dict[str, list[int]] = {"a": [], "b": []}
-    for user, sequence in enumerate(sequences):
+def reference(sequences: list[list[int]], window: int, training: bool, **options: bool) -> list[list[Rows]]:
+    """The rows of the mixed stream, of A and of B, of each user."""
+    mixed, a, b = [], [], []
+    for sequence in sequences:
         events = sequence[-(window + 1) :] if training else sequence[-window:]
-        slots = len(events) - 1 if training else len(events)
-        mixed_start = len(streams["mixed"])
-        mixed = rows_of_user(events, slots, None, window, True, False)
-        streams["mixed"] += [{**row, "sequence": user} for row in mixed]
-        for of, name in enumerate("ab"):
-            start = len(streams[name])
-            own = rows_of_user(events, slots, of, window, tails or not training, published)
-            streams[name] += [{**row, "sequence": user} for row in own]
-            for slot in range(slots):
-                target = events[slot + 1] if slot + 1 < len(events) else 0
-                if target == 0 or domain(target) == of:
-                    behind = [start + r for r, row in enumerate(own) if row["slot"] == slot]
-                    assert len(behind) <= 1
-                    if slot == slots - 1:
-                        last[name].append(len(queries[name]))
-                    queries[name].append(
-                        {"mixed_row": mixed_start + slot, "own_row": behind[0] if behind else -1, "sequence": user,
-                         "slot": slot, "targets": target}
-                    )  # fmt: skip
-    return {"streams": streams, "queries": queries, "last": last}
+        inputs = len(events) - 1 if training else len(events)
+        mixed.append({
+            place: {
+                "items": events[place], "position": place, "query_position": place, "recency": inputs - place,
+                "targets": ([*events, 0])[place + 1], "predicts": True,
+            }
+            for place in range(inputs)
+        })  # fmt: skip
+        a.append(rows_of_domain(events, inputs, 0, training, **options))
+        b.append(rows_of_domain(events, inputs, 1, training, **options))
+    return [mixed, a, b]
+
+
+def reference_per_domain(users: list[tuple[list[int], list[int]]], window: int, training: bool) -> list[list[Rows]]:
+    streams: list[list[Rows]] = [[{} for _ in users]]
+    for domain in (0, 1):
+        streams.append([])
+        for user in users:
+            events = user[domain][-(window + 1) :] if training else user[domain][-window:]
+            inputs = events[:-1] if training and len(events) > 1 else events
+            rows: Rows = {
+                column: {
+                    "items": item, "position": 0, "query_position": 0, "recency": len(inputs) - column + 1,
+                    "targets": ([*events, 0])[column], "predicts": not training or column < len(events),
+                }
+                for column, item in enumerate(inputs, start=1)
+            }  # fmt: skip
+            if not training and not events:
+                rows[0] = {**PAD, "query_position": 0, "predicts": True}
+            streams[-1].append(rows)
+    return streams
+
+
+def assert_streams(batch: Batch, expected: list[list[Rows]]) -> None:
+    for stream, users in zip((batch.mixed, *batch.domains), expected, strict=True):
+        length = 1 + max((column for rows in users for column in rows), default=0)
+        for field in PAD:
+            wanted = [[rows.get(column, PAD)[field] for column in range(length)] for rows in users]
+            found = getattr(stream, field)
+            assert found.dtype == (torch.bool if field == "predicts" else torch.int64)
+            assert found.tolist() == wanted, field
+
+
+# ------------------------------------------------------------------------------------------------------- collate
 
 
 @settings(max_examples=300, deadline=None)
-@given(SEQUENCES, st.integers(1, 10), st.booleans(), st.booleans(), st.booleans())
-def test_batches_equal_the_reference(
-    sequences: list[list[int]], window: int, training: bool, tails: bool, published: bool
+@given(ORDERED, st.integers(1, 10), st.booleans(), st.booleans(), st.booleans())
+def test_collate_is_the_reference(
+    sequences: list[list[int]], window: int, training: bool, keep_last_item: bool, recency_in_domain: bool
 ) -> None:
-    batch = make_batch(
-        [np.array(s) for s in sequences], NUM_A, window=window, training=training, tails=tails, as_published=published
-    )
-    expected = reference(sequences, window, training, tails, published)
+    options = {"keep_last_item": keep_last_item, "recency_in_domain": recency_in_domain}
+    batch = collate([np.array(s) for s in sequences], NUM_A, window=window, training=training, **options)
     assert batch.size == len(sequences)
-    for name, stream in (("mixed", batch.mixed), ("a", batch.own[0]), ("b", batch.own[1])):
-        rows = expected["streams"][name]
-        for field in ("items", "sequence", "seen", "slot", "position", "pads"):
-            found = getattr(stream, field)
-            assert found.dtype == torch.int64 and found.tolist() == [row[field] for row in rows], (name, field)
-        assert torch.equal(stream.layout.index // stream.layout.length, stream.sequence)
-        assert (stream.slot >= stream.seen).all()
-    for name, queries in zip("ab", batch.queries, strict=True):
-        rows = expected["queries"][name]
-        for field in ("mixed_row", "own_row", "sequence", "slot", "targets"):
-            assert getattr(queries, field).tolist() == [row[field] for row in rows], (name, field)
-        assert queries.last.tolist() == expected["last"][name]
-    assert batch.rows == sum(map(len, expected["streams"].values()))
+    assert_streams(batch, reference(sequences, window, training, **options))
+
+
+@settings(max_examples=200, deadline=None)
+@given(PER_DOMAIN, st.integers(1, 7), st.booleans(), st.booleans())
+def test_collate_is_the_reference_without_a_global_order(
+    users: list[tuple[list[int], list[int]]], window: int, training: bool, keep_last_item: bool
+) -> None:
+    """Without an order across domains a domain's only item is kept anyway."""
+    sequences = [np.array(a + b, dtype=np.int64) for a, b in users]
+    batch = collate(
+        sequences, NUM_A, window=window, training=training, keep_last_item=keep_last_item, global_order=False
+    )
+    assert batch.size == len(users)
+    assert_streams(batch, reference_per_domain(users, window, training))
 
 
 def test_a_batch_by_hand() -> None:
-    """A1 B1 B2 A2 B3 in training: three predictions in B and one in A, each behind the domain's previous item."""
-    batch = make_batch([np.array([1, 7, 8, 2, 9])], NUM_A, window=5, training=True)
-    of_a, of_b = batch.own
-    assert batch.mixed.items.tolist() == [1, 7, 8, 2] and batch.mixed.position.tolist() == [4, 3, 2, 1]
-    assert of_a.items.tolist() == [1] and of_a.slot.tolist() == [2] and of_a.position.tolist() == [4]
-    assert of_b.items.tolist() == [7, 8] and of_b.seen.tolist() == [1, 2] and of_b.slot.tolist() == [1, 3]
-    asked_a, asked_b = batch.queries
-    assert asked_a.targets.tolist() == [2] and asked_a.own_row.tolist() == [0]
-    assert asked_b.targets.tolist() == [7, 8, 9] and asked_b.own_row.tolist() == [-1, 0, 1]
-    with_tails = make_batch([np.array([1, 7, 8, 2, 9])], NUM_A, window=5, training=True, tails=True)
-    assert with_tails.own[0].items.tolist() == [1, 2] and with_tails.own[0].slot.tolist() == [2, 3]
-    assert with_tails.own[1].items.tolist() == [7, 8]  # the last event is a target, no tail
+    """The example of the module's docstring: a1 b1 b2 a2 b3, as 1 7 8 2 9."""
+    batch = collate([np.array([1, 7, 8, 2, 9])], NUM_A, window=5, training=True, users=np.array([4]))
+    x, a, b = batch.mixed, *batch.domains
+    assert x.items.tolist() == [[1, 7, 8, 2]]
+    assert (a.items.tolist(), a.query_position.tolist(), a.targets.tolist()) == ([[0, 1]], [[-1, 2]], [[0, 2]])
+    assert a.recency.tolist() == [[0, 4]]
+    assert a.predicts.tolist() == [[False, True]]
+    assert (b.items.tolist(), b.position.tolist()) == ([[0, 7, 8]], [[NEVER, 1, 2]])
+    assert (b.query_position.tolist(), b.targets.tolist()) == ([[0, 1, 3]], [[7, 8, 9]])
+    assert batch.users.tolist() == [4]
+
+
+def test_the_last_item_of_a_domain_is_kept_on_request_and_predicts_nothing() -> None:
+    batch = collate([np.array([1, 7, 8, 2, 9])], NUM_A, window=5, training=True, keep_last_item=True)
+    assert batch.a.items.tolist() == [[0, 1, 2]]
+    assert batch.a.predicts.tolist() == [[False, True, False]]
+    assert batch.a.query_position.tolist() == [[-1, 2, 3]]
+    assert batch.a.last.tolist() == [2]
+    assert batch.b.items.tolist() == [[0, 7, 8]]  # the last event is a target only
 
 
 @settings(max_examples=100, deadline=None)
-@given(SEQUENCES, st.integers(1, 10), st.booleans())
-def test_the_newest_queries_are_one_a_user(sequences: list[list[int]], window: int, published: bool) -> None:
-    batch = make_batch(
-        [np.array(s) for s in sequences], NUM_A, window=window, training=False, as_published=published
-    )
-    for of, queries in enumerate(batch.queries):
-        newest = queries.newest()
-        assert newest.sequence.tolist() == newest.last.tolist() == list(range(len(sequences)))
-        assert newest.targets.tolist() == [0] * len(sequences)
-        assert batch.mixed.items[newest.mixed_row].tolist() == [s[-1] for s in sequences]
-        for user, row in enumerate(newest.own_row.tolist()):
-            own = [item for item in sequences[user][-window:] if domain(item) == of]
-            assert (batch.own[of].items[row].item() == own[-1]) if own else row == -1
+@given(PER_DOMAIN, st.integers(1, 9))
+def test_training_rows_are_the_evaluation_rows_of_what_comes_before_the_last_events(
+    users: list[tuple[list[int], list[int]]], window: int
+) -> None:
+    """Without a global order, in each domain."""
+    def cut(events: list[int]) -> list[int]:
+        return events[:-1] if len(events) > 1 else events
+
+    whole = [np.array(a + b, dtype=np.int64) for a, b in users]
+    shorter = [np.array(cut(a) + cut(b), dtype=np.int64) for a, b in users]
+    training = collate(whole, NUM_A, window=window, training=True, global_order=False)
+    evaluation = collate(shorter, NUM_A, window=window, training=False, global_order=False)
+    for first, second in zip(training.domains, evaluation.domains, strict=True):
+        assert torch.equal(first.items, second.items)
+        assert torch.equal(first.recency, second.recency)
+        assert torch.equal(first.position[first.mask], second.position[second.mask])
 
 
-def test_bad_batches_are_refused_with_the_lengths() -> None:
-    with pytest.raises(ValueError, match=r"needs users with at least 2 event.* got lengths \[3, 1\]"):
-        make_batch([np.array([1, 2, 7]), np.array([1])], NUM_A, window=5, training=True)
-    with pytest.raises(ValueError, match=r"needs users with at least 1 event.* got lengths \[0\]"):
-        make_batch([np.array([], dtype=np.int64)], NUM_A, window=5, training=False)
-    with pytest.raises(ValueError, match=r"needs users .* got lengths \[\]"):
-        make_batch([], NUM_A, window=5, training=True)
+@pytest.mark.parametrize(
+    ("sequences", "training", "global_order", "message"),
+    [
+        ([[1, 2, 7], [1]], True, True, r"users with 2 events or more; it has \[3, 1\]"),
+        ([[1], []], False, True, r"users with 1 events or more; it has \[1, 0\]"),
+        ([[1], []], True, False, r"users with 1 events or more; it has \[1, 0\]"),
+        ([], True, True, r"it has \[\]"),
+    ],
+)
+def test_batches_without_enough_events_are_refused(
+    sequences: list[list[int]], training: bool, global_order: bool, message: str
+) -> None:
+    arrays = [np.array(sequence, dtype=np.int64) for sequence in sequences]
+    with pytest.raises(ValueError, match=message):
+        collate(arrays, NUM_A, window=5, training=training, global_order=global_order)
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, tuple):
-        return [tensor for part in value for tensor in tensors_of(part)]
-    return [t for f in fields(value) for t in tensors_of(getattr(value, f.name))] if is_dataclass(value) else []
+# ----------------------------------------------------------------------------------------- what a batch can be asked
+
+
+@settings(max_examples=60, deadline=None)
+@given(ORDERED, st.integers(1, 10))
+def test_the_newest_rows_are_each_user_s_last_item(sequences: list[list[int]], window: int) -> None:
+    batch = collate([np.array(s) for s in sequences], NUM_A, window=window, training=False)
+    for stream, domains in ((batch.mixed, (0, 1)), (batch.a, (0,)), (batch.b, (1,))):
+        newest = stream.newest(stream.items.unsqueeze(2).double())
+        mine = [[item for item in s[-window:] if int(item > NUM_A) in domains] for s in sequences]
+        assert newest.tolist() == [[[items[-1] if items else 0]] for items in mine]
+        assert stream.newest_mask.tolist() == [[bool(items)] for items in mine]
+        assert stream.predicts[torch.arange(batch.size), stream.last].all()
+        assert stream.mask.sum(dim=1).tolist() == list(map(len, mine))
+
+
+@pytest.mark.parametrize("global_order", [True, False])
+def test_history_items_are_all_items_of_the_training_sequences(global_order: bool) -> None:
+    sequences = [np.array([3, 12, 4, 5, 15]), np.array([11, 1, 2, 13])]
+    batch = collate(sequences, 10, window=47, training=True, global_order=global_order)
+    assert [set(row[row > 0].tolist()) for row in batch.history_items] == [set(s.tolist()) for s in sequences]
+
+
+def test_rows_at_picks_columns_of_each_user() -> None:
+    h, column = torch.arange(24.0).view(2, 4, 3), torch.tensor([[3, 0], [1, 1]])
+    assert torch.equal(rows_at(h, column), torch.stack([h[0, [3, 0]], h[1, [1, 1]]]))
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    streams = [getattr(s, field.name) for s in (batch.mixed, *batch.domains) for field in fields(Stream)]
+    return [*streams, batch.users]
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = make_batch([np.array([1, 7, 8, 2, 9])], NUM_A, window=5, training=True)
-    moved = batch.to("meta")
-    assert isinstance(moved, Batch) and moved.size == 1 and moved.own[1].layout.length == 2
-    assert len(tensors_of(moved)) == len(tensors_of(batch)) == 3 * 7 + 2 * 6
-    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved))
+    batch = collate([np.array([1, 7, 8, 2, 9])], NUM_A, window=5, training=True, users=np.array([0]))
+    assert {tensor.device.type for tensor in tensors_of(batch.to("meta"))} == {"meta"}
     assert all(map(torch.equal, tensors_of(batch.to("cpu")), tensors_of(batch)))
 
 
+def test_a_batch_of_unknown_users_moves_too() -> None:
+    assert collate([np.array([1, 7])], NUM_A, window=5, training=False).to("meta").users is None
+
+
+# ------------------------------------------------------------------------------------------- the batches of an epoch
+
+EVENTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(2, 9), min_size=1, max_size=60), st.integers(1, 20), st.none() | st.integers(0, 9))
-def test_an_epoch_visits_every_user_once_in_batches_of_like_length(
-    lengths: list[int], batch_size: int, seed: int | None
+@given(EVENTS, st.integers(1, 20), st.none() | st.integers(0, 9))
+def test_an_epoch_visits_every_user_once_in_batches_of_equal_size(
+    events: list[tuple[int, int]], batch_size: int, seed: int | None
 ) -> None:
-    of_user = np.array(lengths)
     generator = None if seed is None else np.random.default_rng(seed)
-    batches = list(length_batches(of_user, batch_size, generator))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    sizes = [len(users) for users in batches]
-    assert min(sizes) > 0 and max(sizes) <= batch_size
-    assert sum(size < batch_size for size in sizes) <= (1 if seed is None else 2)
-    spans = sorted((of_user[users].min(), of_user[users].max()) for users in batches)
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
-    if seed is None:
-        order = np.concatenate(batches)
-        assert order.tolist() == sorted(order.tolist(), key=lambda user: (lengths[user], user))
+    batches = list(batches_of_users(np.array(events), batch_size, generator))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(events)))
+    assert len(batches) == -(-len(events) // batch_size)
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
 
 
-def test_an_epoch_s_batches_and_their_order_are_random_and_follow_the_generator() -> None:
-    lengths = np.repeat([3, 5, 8], 40)
+@settings(max_examples=60, deadline=None)
+@given(EVENTS)
+def test_users_are_halved_by_the_number_of_events_that_leaves_the_fewest_pads(events: list[tuple[int, int]]) -> None:
+    def rows(users: list[tuple[int, int]]) -> int:
+        return len(users) * (max(a for a, _ in users) + max(b for _, b in users) + max(map(sum, users)))
 
-    def epoch(seed: int) -> list[list[int]]:
-        return [users.tolist() for users in length_batches(lengths, 10, np.random.default_rng(seed))]
+    users, half = events * 2, len(events)
+    ways = [sorted(users, key=key) for key in (lambda user: user[0], lambda user: user[1], sum)]
+    fewest = min(rows(way[:half]) + rows(way[half:]) for way in ways)
+    batches = batches_of_users(np.array(users), half, None)
+    assert sum(rows([users[user] for user in batch]) for batch in batches) == fewest
 
-    assert epoch(1) == epoch(1)
-    first, second = epoch(1), epoch(2)
-    assert {frozenset(users) for users in first} != {frozenset(users) for users in second}
-    means = [lengths[users].mean() for users in first]
+
+def epoch(seed: int | None) -> list[list[int]]:
+    events = np.repeat([[3, 1], [4, 4], [2, 9]], 40, axis=0)
+    generator = None if seed is None else np.random.default_rng(seed)
+    return [batch.tolist() for batch in batches_of_users(events, 10, generator)]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_the_same_generator_gives_the_same_batches(seed: int | None) -> None:
+    assert epoch(seed) == epoch(seed)
+
+
+def test_which_of_equal_users_share_a_batch_is_random() -> None:
+    assert {frozenset(users) for users in epoch(1)} != {frozenset(users) for users in epoch(2)}
+    assert all(max(users) // 40 == min(users) // 40 for users in epoch(1))
+
+
+def test_the_order_of_batches_is_random() -> None:
+    means = [np.mean(users) for users in epoch(1)]  # equal users are numbered one after the other
     assert means != sorted(means)
-    generator = np.random.default_rng(0)
-    smallest = [min(map(len, length_batches(lengths, 10, generator))) for _ in range(20)]
-    assert len(set(smallest)) > 1  # the short batches are not always the same
 
 
-@settings(max_examples=100, deadline=None)
+def test_events_per_domain_are_those_of_each_history() -> None:
+    split = PAIR.split("val")
+    found = events_per_domain(PAIR, split)
+    expected = [[int((h <= PAIR.num_items[0]).sum()), int((h > PAIR.num_items[0]).sum())] for h in HISTORIES]
+    assert found.tolist() == expected
+
+
+def pads_ratio(batches: list[np.ndarray]) -> float:
+    """Rows of all streams over real rows, in training."""
+    rows, real = 0, 0
+    for users in batches:
+        batch = collate([HISTORIES[user] for user in users], PAIR.num_items[0], window=47, training=True)
+        for stream in (batch.mixed, *batch.domains):
+            rows += stream.items.numel()
+            real += int(stream.mask.sum())
+    return rows / real
+
+
+PAIR = synthetic_pair()
+HISTORIES = [PAIR.split("val").history(user) for user in range(PAIR.num_users)]
+
+
+def test_batches_of_like_users_hold_few_pads() -> None:
+    generator, events = np.random.default_rng(0), events_per_domain(PAIR, PAIR.split("val"))
+    like = pads_ratio(list(batches_of_users(events, 64, generator)))
+    assert like < 1.5
+    assert like < 0.6 * pads_ratio(list(shuffled_batches(len(events), 64, generator)))
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9))
-def test_shuffled_batches_visit_every_user_once_and_differ_between_epochs(
-    users: int, batch_size: int, seed: int
-) -> None:
-    generator = np.random.default_rng(seed)
-    first, second = (list(shuffled_batches(users, batch_size, generator)) for _ in range(2))
-    for batches in (first, second):
-        assert sorted(np.concatenate(batches).tolist()) == list(range(users))
-        assert all(len(part) == batch_size for part in batches[:-1]) and 0 < len(batches[-1]) <= batch_size
-    if users >= 20:
-        assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
+def test_shuffled_batches_visit_every_user_once(users: int, batch_size: int, seed: int) -> None:
+    batches = list(shuffled_batches(users, batch_size, np.random.default_rng(seed)))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(users))
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+    assert 0 < len(batches[-1]) <= batch_size
+
+
+def test_shuffled_batches_differ_between_epochs() -> None:
+    generator = np.random.default_rng(0)
+    first, second = (np.concatenate(list(shuffled_batches(60, 20, generator))) for _ in range(2))
+    assert first.tolist() != second.tolist()

@@ -24,13 +24,13 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gcalib import shelf
-from gcalib.pages import write_site
-from gcalib.rendering import VEGALITE
+from gcalib.publish.notebooks import notebooks
+from gcalib.publish.site import write_site
+from gcalib.study.theme import VEGALITE
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[1]
-COMMITTED = shelf.notebooks(folder=ROOT / "notebooks")
+COMMITTED = notebooks(folder=ROOT / "notebooks")
 NAMES = ["index", *(path.stem for path in COMMITTED)]
 PATIENCE = 600  # seconds: a machine may be busy with other things
 FLAGS = (

@@ -52,20 +52,25 @@ def test_a_config_is_a_value() -> None:
     assert RunConfig.model_validate_json(first.model_dump_json()) == first
 
 
-def test_but_changes_fields_and_checks_them_again() -> None:
-    assert config(dim=32).but(seed=4) == config(dim=32, seed=4)
+def test_replace_changes_fields_and_checks_them_again() -> None:
+    assert config(dim=32).replace(seed=4) == config(dim=32, seed=4)
     with pytest.raises(ValidationError, match="heads=4 does not divide dim=6"):
-        config(gca=(0,)).but(dim=6)
+        config(gca=(0,)).replace(dim=6)
     with pytest.raises(ValidationError, match="Extra inputs"):
-        config().but(sead=1)
+        config().replace(sead=1)
 
 
-def test_where_negatives_are_new_to_the_user_anyway_own_ones_do_not_count() -> None:
-    assert config(model="llm4cdsr", own_negatives=False).canonical() == config(model="llm4cdsr")
-    assert not config(model="llm4cdsr", objective="infonce", own_negatives=False).canonical().own_negatives
+def test_options_of_published_code_are_a_set() -> None:
+    both = config(published=["pads_as_targets", "official_attention", "pads_as_targets"])
+    assert both.published == ("official_attention", "pads_as_targets")
 
 
-def test_a_baseline_s_cross_attention_fields_do_not_count() -> None:
+def test_patience_does_not_count_on_a_cosine_schedule() -> None:
+    assert config(stop_patience=3, plateau_patience=1).canonical() == config()
+    assert config(schedule="plateau", stop_patience=3).canonical().stop_patience == 3
+
+
+def test_cross_attention_fields_do_not_count_without_it() -> None:
     assert config(gate="tanh", heads=8).canonical() == config()
     assert config(dim=6, heads=5).canonical() == config(dim=6)
     with_gca = config(gca=(0,), gate="tanh", heads=8)
@@ -78,47 +83,50 @@ def test_run_ids_stay_what_they_were() -> None:
     assert run_id(RunConfig(pair="food-kitchen"), data, 1) == "69dc42a200200ce6"
     stack = RunConfig(pair="x", gca=(2, 0), gate="tanh", heads=8, dim=128, lr=3e-4, seed=4)
     assert run_id(stack, data, 1) == "21893c15c4ab8a8e"
-    published = RunConfig(pair="x", gca=[1], as_published=True, hidden=680, dim=256, ties="published")
-    assert run_id(published, data, 1) == "528eaf38290b1f25"
+    published = RunConfig(pair="x", gca=[1], published=["official_attention"], hidden=680, dim=256, ties="published")
+    assert run_id(published, data, 2) == "b23fecfa2f44e293"
+
+
+OTHER = {
+    "ties": "published", "gca": (0,), "gate": "tanh", "select": "s100", "precision": "bf16", "hidden": 99,
+    "text": "random", "latent": 0, "objective": "infonce", "match": "params", "min_per_domain": 0,
+    "schedule": "cosine", "published": ("shuffled_batches",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("pair", "model")])
 def test_every_field_that_differs_makes_another_run(name: str) -> None:
-    other = {"ties": "published", "gca": (0,), "gate": "tanh", "select": "s100", "precision": "bf16", "hidden": 99}
-    other |= {"layers": 3, "text": "random", "adapter": 7, "local_init": "random", "support": 9, "latent": 0}
-    other |= {"objective": "infonce", "match": "flops", "match_axis": "layers", "min_per_domain": 0}
-    other |= {"weight_average": 0.9, "batches": "shuffled"}
-    base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], match="params" if name == "match_axis" else None)
-    value = other.get(name)
-    if value is None:
-        now = getattr(base, name)
-        value = (not now) if isinstance(now, bool) else now / 2 if isinstance(now, float) else 2 * now + 2 * (now == 0)
-    changed = base.but(**{name: value})
+    base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], schedule="plateau")
+    now = getattr(base, name)
+    value = OTHER[name] if name in OTHER else now / 2 if isinstance(now, float) else 2 * now + 2 * (now == 0)
+    changed = base.replace(**{name: value})
     assert run_id(changed, "data", 1) != run_id(base, "data", 1)
-    assert run_id(changed.but(**{name: getattr(base, name)}), "data", 1) == run_id(base, "data", 1)
+    assert run_id(changed.replace(**{name: now}), "data", 1) == run_id(base, "data", 1)
 
 
-def test_a_field_of_another_model_is_refused() -> None:
-    with pytest.raises(ValidationError, match="support is read by cdsrnp only, not by abxi"):
-        config(support=9)
+def test_what_another_model_reads_is_refused() -> None:
+    with pytest.raises(ValidationError, match="latent is read by cdsrnp only, not by abxi: leave it out"):
+        config(latent=9)
+    with pytest.raises(ValidationError, match="pads_as_targets is read by abxi only, not by cdsrnp"):
+        config(model="cdsrnp", published=["pads_as_targets"])
     with pytest.raises(ValidationError, match="needs gca, the cross-attention whose size"):
-        config(match="params")
+        config(match="network")
 
 
 def test_rules_hold_for_their_model_and_pair(tmp_path: Path) -> None:
     """Later rules win over earlier ones and over the settings, and what a notebook asks wins over all."""
     (tmp_path / "p.yaml").write_text(
-        "settings: {dim: 16}\nrules:\n- {model: cdsrnp, settings: {dim: 32, support: 9}}\n"
+        "settings: {dim: 16}\nrules:\n- {model: cdsrnp, settings: {dim: 32, latent: 9}}\n"
         "- {pair: food-kitchen, settings: {lr: 0.5}}\n- {model: cdsrnp, pair: food-kitchen, settings: {dim: 64}}\n"
     )
     profile = Profile.load("p", tmp_path)
     assert profile.config().dim == 16 and profile.config().lr != 0.5
-    assert profile.config(model="cdsrnp").dim == 32 and profile.config(model="cdsrnp").support == 9
+    assert profile.config(model="cdsrnp").dim == 32 and profile.config(model="cdsrnp").latent == 9
     both = profile.config(model="cdsrnp", pair="food-kitchen")
-    assert both.dim == 64 and both.lr == 0.5 and both.support == 9
+    assert both.dim == 64 and both.lr == 0.5 and both.latent == 9
     assert profile.config(model="cdsrnp", pair="food-kitchen", dim=8).dim == 8
-    (tmp_path / "bad.yaml").write_text("rules:\n- {model: abxi, settings: {support: 9}}\n")
-    with pytest.raises(ValueError, match="support is read by cdsrnp only"):
+    (tmp_path / "bad.yaml").write_text("rules:\n- {model: abxi, settings: {latent: 9}}\n")
+    with pytest.raises(ValueError, match="latent is read by cdsrnp only"):
         Profile.load("bad", tmp_path)
 
 

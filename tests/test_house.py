@@ -1,4 +1,4 @@
-"""What holds the repository together: pins, ranges, layers, and what must not be named."""
+"""What holds the repository together: pins, imports, the budget, and what must not be named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,42 +18,119 @@ from packaging.utils import canonicalize_name
 from gcalib.config import Profile
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "gcalib").rglob("*.py"))
+CORE = re.compile(r"gcalib/(attention|layers|alignment|ranking|training|evaluation|models/\w+|data/batches)\.py")
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+HOUSE = DESIGN.partition("## The house")[2].partition("```\n")[2].partition("```")[0]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
 PINS = dict(
     (canonicalize_name(name), version)
     for name, version in (line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
 )
-# From the ground up: a file may import those in earlier rows, and those of its own.
-FLOORS = [
-    ["config", "packing"],
-    ["records"],
-    ["store"],
-    ["data"],
-    ["ranking", "alignment"],
-    ["yardsticks"],
-    ["layers"],
-    ["attention"],
-    ["models"],
-    ["evaluation"],
-    ["training"],
-    ["experiments"],
-    ["estimates", "seeds"],
-    ["cluster"],
-    ["pool"],
-    ["grid"],
-    ["rendering", "stats", "relations", "tables", "pages", "shelf"],
-    ["verdicts", "effects"],
-    ["marks", "claims"],
-    ["diagrams", "comparisons", "dots"],
-    ["charts"],
-    ["__init__"],
-    ["__main__"],
-]
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files in git, as they stand."""
+    listed = subprocess.run(["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0")[:-1] if (ROOT / name).exists()]
+
+
+def test_budget_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE}
+    long = {name: count for name, count in lines.items() if count > 320}
+    results = tracked("results")
+    rows = {
+        "lines of the core": (sum(count for name, count in lines.items() if CORE.fullmatch(name)), 2600),
+        "lines of the package": (sum(lines.values()), 6000),
+        "Python files of the package": (len(lines), 42),
+        "files above 320 lines": (len(long), 0),
+        "results/ in MB": (sum(path.stat().st_size for path in results) / 1e6, 6.0),
+        "files in results/": (len(results), 19),
+    }
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{name:28s} {found:8,.6g} of {most:,.6g}" for name, (found, most) in rows.items()))
+    assert not {name: found for name, (found, most) in rows.items() if found > most}, long
+
+
+def drawn_layers() -> dict[str, int]:
+    """The folders and files of `gcalib/` that begin a line of the drawing; the highest has number 0."""
+    return {name: number for number, name in enumerate(re.findall(r"^gcalib/(\w+(?:/|\.py))", HOUSE, re.MULTILINE))}
+
+
+def imports() -> dict[str, set[str]]:
+    """What each file of the package imports of it: paths below `gcalib/`, such as `data/pair.py`."""
+    names = {str(path.relative_to(ROOT / "gcalib")) for path in PACKAGE}
+
+    def file_of(dotted: str) -> str:
+        path = dotted.removeprefix("gcalib").strip(".").replace(".", "/")
+        return next((name for name in (f"{path}.py", f"{path}/__init__.py".lstrip("/")) if name in names), "")
+
+    graph: dict[str, set[str]] = {}
+    for name in names:
+        targets = graph.setdefault(name, set())
+        for node in ast.walk(ast.parse((ROOT / "gcalib" / name).read_text())):
+            if isinstance(node, ast.Import):
+                targets |= {file_of(alias.name) for alias in node.names if alias.name.split(".")[0] == "gcalib"}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gcalib":
+                submodules = {file_of(f"{node.module}.{alias.name}") for alias in node.names}
+                targets |= submodules - {""} or {file_of(node.module or "")}
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}: write imports in full"
+        targets.discard("")  # no file, which is for mypy to say
+    return graph
+
+
+def test_every_file_imports_only_from_below_it() -> None:
+    layers = drawn_layers()
+
+    def layer(name: str) -> int:
+        return layers[name.partition("/")[0] + "/" if "/" in name else name]
+
+    wrong = []
+    for name, targets in imports().items():
+        same_folder = {target for target in targets if "/" in name and layer(target) == layer(name)}
+        wrong += [f"{name} imports {target}" for target in targets - same_folder if layer(target) <= layer(name)]
+    assert not wrong
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    assert len(tuple(TopologicalSorter(imports()).static_order())) == len(PACKAGE)  # a CycleError names the circle
+
+
+def test_the_drawing_names_every_file() -> None:
+    folder, drawn = "", set()
+    for line in HOUSE.splitlines():
+        if start := re.match(r"gcalib/(\w+/|\w+\.py)", line):
+            folder, line = (start[1], line[start.end() :]) if start[1].endswith("/") else ("", start[1])
+        drawn |= {folder + name for name in re.findall(r"\w+\.py\b", line)}
+    files = {str(path.relative_to(ROOT / "gcalib")) for path in PACKAGE}
+    assert drawn == {name for name in files if not name.endswith("/__init__.py")}
+
+
+def test_the_walk_of_a_batch_names_what_is_there() -> None:
+    walk = DESIGN.partition("## The walk of a batch")[2].partition("```\n")[2].partition("```")[0]
+    steps = re.findall(r"^(gcalib/\S+) +(?:\w+\.)?(\w+)\(", walk, re.MULTILINE)
+    assert len(steps) == 6
+    for file, name in steps:
+        function = f"def {name.replace('model', 'forward')}("  # model(batch) is its forward
+        assert function in (ROOT / file).read_text(), f"{file} has no {function}"
+
+
+def test_package_initialisers_are_empty() -> None:
+    for path in (ROOT / "gcalib").glob("*/__init__.py"):
+        body = ast.parse(path.read_text()).body
+        assert [type(node) for node in body] == [ast.Expr], f"{path} holds more than a docstring"
+
+
+def test_nothing_imports_a_notebook() -> None:
+    imported = re.compile(r"^\s*(?:from|import) notebooks\b", re.MULTILINE)
+    assert not [path for path in tracked("*.py") if imported.search(path.read_text())]
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
-def test_every_requirement_has_a_pin_inside_its_range(requirement: Requirement) -> None:
+def test_requirement_has_a_pin_inside_its_range(requirement: Requirement) -> None:
     pin = PINS[canonicalize_name(requirement.name)]
     assert requirement.specifier and requirement.specifier.contains(pin, prereleases=True), (requirement, pin)
 
@@ -64,38 +142,10 @@ def test_conda_users_get_the_same_packages() -> None:
     assert from_pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
 
 
-def imported(path: Path) -> set[str]:
-    """First name after `gcalib.` of everything that a file imports from the package."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gcalib":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("gcalib.")}
-    return found
-
-
-def test_nothing_imports_upward() -> None:
-    """The top of the package, imported for its version, counts as the highest floor but one."""
-    level = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-    seen = 0
-    for path in (ROOT / "gcalib").rglob("*.py"):
-        own = path.relative_to(ROOT / "gcalib").parts[0].removesuffix(".py")
-        for name in imported(path) & set(level):
-            seen += 1
-            assert level[name] <= level[own], f"{path.name} imports {name} from a floor above"
-    assert seen > 30
-    modules = {path.stem for path in (ROOT / "gcalib").glob("*.py")}
-    assert modules | {path.parent.name for path in (ROOT / "gcalib").glob("*/__init__.py")} == set(level)
-
-
-def test_every_profile_is_valid() -> None:
-    names = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
-    assert "smoke" in names
-    for name in names:
-        profile = Profile.load(name, ROOT / "params")
-        assert profile.profile == name and profile.config().pair == profile.pair
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_profile_is_valid(path: Path) -> None:
+    profile = Profile.load(path.stem, ROOT / "params")
+    assert profile.config().pair == profile.pair
 
 
 def test_help_comes_without_loading_torch() -> None:
@@ -104,13 +154,7 @@ def test_help_comes_without_loading_torch() -> None:
 
 
 def test_no_tracked_text_names_a_machine() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    texts = {".py", ".ipynb", ".md", ".yaml", ".yml"}
-    paths = [ROOT / name for name in listed.stdout.split() if Path(name).suffix in texts]
+    paths = tracked("*.py", "*.ipynb", "*.md", "*.yaml", "*.yml", "*.json")
     assert len(paths) > 20
     suspicious = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users)/\w")
-    for path in paths:
-        if path.exists() and path != Path(__file__):
-            assert not suspicious.search(path.read_text()), path
+    assert not [path for path in paths if path != Path(__file__) and suspicious.search(path.read_text())]

@@ -1,86 +1,53 @@
-"""Parameter matching: sizes within a percent, along the axis that was asked for."""
+"""Building models, counting their parameters and operations, and the parameter-matched baseline."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gcalib import load_pair
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch
-from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
-from gcalib.models import build_model, matched
-from gcalib.models.cost import flops_per_step, parameter_counts
+from gcalib.models import matching
+from gcalib.models.matching import build_model, flops_per_step, matched, parameter_counts, sizes
+
+PAIR = synthetic_pair(num_users=200, num_items=(60, 70), seed=1)
+TEXT = {"llm4cdsr": {"text": "random"}}
+DATA = Path(os.environ.get("GCALIB_DATA", "data"))
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return synthetic_pair(num_users=40, num_items=(60, 70), seed=1)
+def config(model: str = "abxi", **changes: object) -> RunConfig:
+    return RunConfig(pair="synthetic", model=model, **{"dim": 32, "gca": (0,), **TEXT.get(model, {}), **changes})
 
 
-def config(**changes: object) -> RunConfig:
-    return RunConfig(**{"pair": "synthetic", "dim": 32, "gca": (0,), "match": "params", **changes})
+# ------------------------------------------------------------------------------------------------------- building
 
 
-@pytest.mark.parametrize("gca", [(0,), (1, 2), (0, 1, 2)])
-@pytest.mark.parametrize("axis", ["width", "hidden", "rank"])
-def test_the_twin_is_as_large_and_differs_along_its_axis_only(pair: Pair, axis: str, gca: tuple[int, ...]) -> None:
-    asked = config(gca=gca, match_axis=axis)
-    match = matched(asked, pair)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    real = parameter_counts(build_model(asked.but(match=None), pair))["params_network"]
-    twin = parameter_counts(build_model(asked, pair))["params_network"]
-    assert match.target == real and match.size == twin and abs(twin - real) <= 0.01 * real
-    torch.set_rng_state(state)
-    matched(asked, pair)
-    assert torch.equal(torch.get_rng_state(), state)  # the search draws nothing
-    differing = {name for name, value in match.config if value != getattr(asked, name)} - {"gca", "match", "match_axis"}
-    allowed = {"width": {"dim", "hidden"}, "hidden": {"hidden"}, "rank": {"domain_rank", "invariant_rank"}}[axis]
-    assert differing and differing <= allowed and (axis != "width" or "dim" in differing)
-    assert not any("gca" in name for name, _ in build_model(asked, pair).named_parameters())
+@pytest.mark.parametrize("model", ["sasrec", "sasrec-mixed", "popularity"])
+def test_an_insertion_point_that_a_model_lacks_is_refused(model: str) -> None:
+    with pytest.raises(ValueError, match=f"{model} has no insertion point 0: it has none"):
+        build_model(config(model), PAIR)
 
 
-@pytest.mark.parametrize(
-    ("model", "axis", "allowed"),
-    [
-        ("cdsrnp", "width", {"dim", "hidden"}), ("cdsrnp", "hidden", {"hidden"}),
-        ("llm4cdsr", "width", {"dim", "hidden"}), ("llm4cdsr", "hidden", {"hidden"}),
-        ("llm4cdsr", "adapter", {"adapter"}),
-    ],
-)  # fmt: skip
-def test_the_other_models_have_twins_too(pair: Pair, model: str, axis: str, allowed: set[str]) -> None:
-    text = {"text": "hashed-words"} if model == "llm4cdsr" else {}
-    asked = config(model=model, match_axis=axis, **text)
-    match = matched(asked, pair)
-    real = parameter_counts(build_model(asked.but(match=None), pair))["params_network"]
-    twin = parameter_counts(build_model(asked, pair))["params_network"]
-    assert match.target == real and match.size == twin and abs(twin - real) <= 0.01 * real
-    differing = {name for name, value in match.config if value != getattr(asked, name)} - {"gca", "match", "match_axis"}
-    assert differing and differing <= allowed
+@pytest.mark.parametrize("model", ["abxi", "llm4cdsr", "sasrec-mixed"])
+def test_models_of_the_mixed_stream_refuse_a_pair_without_a_global_order(model: str) -> None:
+    order = np.lexsort((PAIR.domain_of(PAIR.items), PAIR.owner))
+    pair = replace(PAIR, items=PAIR.items[order], has_global_order=False)
+    with pytest.raises(ValueError, match=model):
+        build_model(config(model, gca=()), pair)
 
 
-@pytest.mark.parametrize(("model", "seed"), [("abxi", 0), ("cdsrnp", 3), ("llm4cdsr", 3)])
-def test_the_twin_by_flops(pair: Pair, model: str, seed: int) -> None:
-    """Sizes are counted as records count them, whatever the run's seed."""
-    text = {"text": "hashed-words"} if model == "llm4cdsr" else {}
-    asked = config(model=model, match="flops", batch_size=16, seed=seed, **text)
-    match = matched(asked, pair)
-    real = flops_per_step(build_model(asked.but(match=None), pair), pair, 16)
-    assert match.target == real
-    assert match.size == flops_per_step(build_model(match.config, pair), pair, 16) == pytest.approx(real, rel=0.01)
+# ------------------------------------------------------------------------------------------------------- counting
 
 
-def test_a_record_names_the_widths_that_its_model_has(pair: Pair) -> None:
-    assert matched(config(match_axis="rank"), pair).facts().keys() == {
-        "match_size", "match_target", "match_dim", "match_domain_rank", "match_invariant_rank",
-    }  # fmt: skip
-    asked = config(model="llm4cdsr", match_axis="adapter", text="hashed-words")
-    assert matched(asked, pair).facts().keys() == {"match_size", "match_target", "match_dim", "match_adapter"}
-
-
-def test_counting_by_hand(pair: Pair) -> None:
+def test_parameters_are_counted_by_kind() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -92,38 +59,117 @@ def test_counting_by_hand(pair: Pair) -> None:
     }  # fmt: skip
 
 
-def test_what_cannot_be_matched_is_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match="abxi cannot be matched along layers; its axes are width, hidden, rank"):
-        matched(config(match_axis="layers"), pair)
-    refused = r"cdsrnp cannot be matched along layers: the nearest size is .* try width or hidden\.$"
-    with pytest.raises(ValueError, match=refused):
-        matched(config(model="cdsrnp", match_axis="layers"), pair)
-    with pytest.raises(ValueError, match="sasrec cannot be matched: it takes no cross-attention"):
-        matched(config(model="sasrec"), pair)
+@pytest.mark.parametrize("model", ["abxi", "llm4cdsr", "cdsrnp"])
+def test_sizes_are_those_of_the_built_model_and_draw_nothing(model: str) -> None:
+    state = torch.get_rng_state()
+    found = sizes(config(model), PAIR)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == parameter_counts(build_model(config(model), PAIR))
 
 
-def test_flops_are_those_of_the_products(pair: Pair) -> None:
-    """Twice the feed-forward's inner width adds its products, three times for forward and backward, no more."""
-    small, large = (flops_per_step(build_model(config(gca=(), match=None, hidden=h), pair), pair, 16) for h in (32, 64))
-    larger = flops_per_step(build_model(config(gca=(), match=None, hidden=96), pair), pair, 16)
-    assert larger - large == large - small > 0
+def test_abxi_on_food_kitchen_is_as_large_as_the_official_program() -> None:
+    if not (DATA / "food-kitchen").is_dir():
+        pytest.skip("needs the data of Food-Kitchen in the folder that GCALIB_DATA names")
+    pair = load_pair("food-kitchen", download=False)
+    assert sizes(RunConfig(pair="food-kitchen", dim=256), pair)["params_total"] == 9_651_200
+
+
+# ------------------------------------------------------------------------------------- the parameter-matched baseline
+
+
+@pytest.mark.parametrize(
+    ("model", "gca"),
+    [("abxi", (0,)), ("abxi", (0, 1, 2)), ("llm4cdsr", (0,)), ("llm4cdsr", (1, 2)), ("cdsrnp", (0,)), ("cdsrnp", (2,))],
+)
+@pytest.mark.parametrize(("match", "size"), [("params", "params_total"), ("network", "params_network")])
+def test_the_baseline_is_as_large_within_a_percent(model: str, gca: tuple[int, ...], match: str, size: str) -> None:
+    asked = config(model, gca=gca, match=match)
+    target = parameter_counts(build_model(asked.replace(match=None), PAIR))[size]
+    baseline = build_model(asked, PAIR)
+    assert parameter_counts(baseline)[size] == pytest.approx(target, rel=0.01)
+    assert not [name for name, _ in baseline.named_parameters() if "gca" in name]
+
+
+@pytest.mark.parametrize("model", ["abxi", "llm4cdsr", "cdsrnp"])
+def test_the_baseline_differs_in_its_widths_only(model: str) -> None:
+    asked = config(model, match="params")
+    found = matched(asked, PAIR)
+    differing = {name for name, value in found.config if value != getattr(asked, name)}
+    assert {"gca", "match"} < differing <= {"gca", "match", "dim", "hidden"}
+    assert found.config.dim > asked.dim
+
+
+def test_the_search_says_what_it_found_and_draws_nothing() -> None:
+    asked, state = config(match="network"), torch.get_rng_state()
+    found = matched(asked, PAIR)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.size == sizes(found.config, PAIR)["params_network"]
+    assert found.target == sizes(asked.replace(match=None), PAIR)["params_network"]
+    assert found.facts() == {
+        "match_size": found.size, "match_target": found.target,
+        "match_dim": found.config.dim, "match_hidden": found.config.hidden or 0,
+    }  # fmt: skip
+
+
+def test_a_model_without_insertion_points_cannot_be_matched() -> None:
+    with pytest.raises(ValueError, match="sasrec cannot be matched: it takes no .*; abxi, cdsrnp, llm4cdsr do"):
+        matched(config("sasrec", match="params"), PAIR)
+
+
+def test_a_size_that_no_width_comes_near_is_refused() -> None:
+    """Steps of a width of 2 are larger than a percent."""
+    with pytest.raises(ValueError, match=r"abxi cannot be matched: the nearest size is .* of gca=\(0,\)"):
+        matched(config(dim=2, heads=1, domain_rank=1, invariant_rank=1, match="network"), PAIR)
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """Three inner widths at equal steps: the feed-forward layers' products grow by equal steps, and nothing else."""
+    small, middle, large = (flops_per_step(build_model(config(hidden=h), PAIR), PAIR, 16) for h in (32, 64, 96))
+    assert large - middle == middle - small > 0
+
+
+def test_flops_of_attention_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products of 2 B L L d operations forward and five backward, in two layers a domain."""
+    pair = synthetic_pair(num_users=20, num_items=(60, 70))
+    built, training = build_model(config("sasrec", dim=8, gca=()), pair), pair.split("val")
+    batch = built.collate([training.history(user) for user in range(20)], pair, training=True)
+    expected = sum(2 * 7 * 2 * 20 * stream.items.size(1) ** 2 * 8 for stream in batch.domains)
+    counted = flops_per_step(built, pair, 20)
+    monkeypatch.setattr(matching, "CPU_ATTENTION_FLOPS", {})
+    assert counted - flops_per_step(built, pair, 20) == expected
 
 
 @pytest.mark.parametrize("model", ["abxi", "llm4cdsr", "cdsrnp", "sasrec", "sasrec-mixed"])
-def test_operations_are_counted_on_the_device_that_holds_the_model(
-    pair: Pair, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flops_do_not_depend_on_what_was_drawn_before(model: str) -> None:
+    """A step of CDSRNP reads some of its support users only, LLM4CDSR's contrasts drawn items."""
+    built, counts = build_model(config(model, dim=8, gca=()), PAIR), set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        counts.add(flops_per_step(built, PAIR, 16))
+    assert len(counts) == 1
+
+
+def test_counting_flops_leaves_the_model_as_it_was() -> None:
+    built = build_model(config(dim=8), PAIR).eval()
+    flops_per_step(built, PAIR, 16)
+    assert not built.training
+    assert all(parameter.grad is None for parameter in built.parameters())
+
+
+@pytest.mark.parametrize("model", ["abxi", "llm4cdsr", "cdsrnp", "sasrec", "sasrec-mixed"])
+def test_flops_are_counted_on_the_device_that_holds_the_model(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a run on a GPU, for which torch's device without memory stands here."""
-    gca = () if model.startswith("sasrec") else (0,)
-    text = {"text": "hashed-words"} if model == "llm4cdsr" else {}
-    asked = RunConfig(pair="synthetic", model=model, dim=8, heads=2, gca=gca, **text)
-    built = build_model(asked, pair).to("meta")
+    built = build_model(config(model, dim=8, gca=()), PAIR).to("meta")
     seen = set()
 
-    def loss(batch: Batch, negatives: torch.Tensor) -> dict[str, torch.Tensor]:
-        seen.update(t.device.type for t in (negatives, batch.mixed.items, *(s.items for s in batch.own)))
-        weight = next(p for p in built.parameters() if p.requires_grad)
+    def loss(batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
+        seen.update(tensor.device.type for tensor in (negatives, batch.mixed.items, batch.a.items, batch.b.items))
+        weight = next(parameter for parameter in built.parameters() if parameter.requires_grad)
         return {"a": weight.flatten()[:4].view(2, 2).mm(torch.ones(2, 2, device="meta")).sum()}
 
     monkeypatch.setattr(built, "loss", loss)
-    assert flops_per_step(built, pair, 16) > 0 and seen == {"meta"}
+    assert flops_per_step(built, PAIR, 16) > 0
+    assert seen == {"meta"}

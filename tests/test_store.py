@@ -1,80 +1,119 @@
-"""The store's files: merged, damaged, unwritable, shared, stale."""
+"""The store's files: merged, copied, damaged, unwritable, shared, of an older results version."""
 
 from __future__ import annotations
 
 import errno
-import itertools
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
-import gcalib.records
 import gcalib.store
-from gcalib.config import RunConfig
-from gcalib.experiments import run
-from gcalib.grid import run_grid
-from gcalib.records import RESULTS_VERSION, record_sha256, write
-from gcalib.store import RunStore, load_curves, load_results
+from gcalib.config import Profile, RunConfig, run_id
+from gcalib.store import RESULTS_VERSION, BusyError, RunStore, load_curves, load_results, record_sha256, write
 
-TINY = "synthetic:num_users=60,items_a=60,items_b=60"
-
-
-def tiny_config(**changes: object) -> RunConfig:
-    return RunConfig(**{"pair": TINY, "dim": 8, "heads": 2, "epochs": 1, "batch_size": 32, **changes})
+ROOT = Path(__file__).parents[1]
+CONFIGS = [
+    RunConfig(pair="food-kitchen", gca=(0, 2), published=("official_attention",)),
+    RunConfig(pair="food-kitchen", min_per_domain=0, seed=1),
+    RunConfig(pair="cloth-sport", model="cdsrnp", latent=0),
+]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three runs, which tests copy what they need of."""
-    folder = tmp_path_factory.mktemp("store")
-    for config in (tiny_config(), tiny_config(gca=(0,)), tiny_config(gca=(0,), match="params", match_axis="hidden")):
-        run(config, folder)
-    return folder
+def record_of(config: RunConfig, **more: Any) -> dict[str, Any]:
+    """What `run` would store of a config: figures of every type, and one that only some models have."""
+    figures = {"test.a.full.mrr": 0.1 + config.seed / 3, "best_epoch": 3, "stopped_early": True, "seconds": 1.5}
+    name = run_id(config, "data", RESULTS_VERSION)
+    own = {"support_users": 256} if config.model == "cdsrnp" else {"test.a.gca0.cos_mean_abs": 0.25}
+    versions = {"results_version": RESULTS_VERSION, "data_sha256": "data"}
+    return {"run_id": name, **config.model_dump(), **versions, **figures, **own, **more}
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    for path in made.rglob("*.parquet"):
-        target = tmp_path / path.relative_to(made)
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    return tmp_path
+def store(tmp_path: Path) -> RunStore:
+    runs = RunStore(tmp_path)
+    for config in CONFIGS:
+        record = record_of(config)
+        runs.put(record, [{"epoch": 0, "val.a.full.mrr": 0.01}, {"epoch": 1, "val.a.full.mrr": 0.2, "loss_a": 3.5}])
+    return runs
 
 
-def hashes(store: Path) -> dict[str, str]:
-    return {row["run_id"]: record_sha256(row) for row in load_results(store).to_dict("records")}
+def hashes(runs: RunStore) -> dict[str, str]:
+    return {row["run_id"]: record_sha256(row) for row in load_results(runs.folder).to_dict("records")}
 
 
-def test_a_compacted_store_holds_the_same_runs_in_two_files(store: Path) -> None:
-    runs, before, curves = RunStore(store), hashes(store), load_curves(store)
-    records = {name: runs.get(name) for name in runs.names()}
-    assert runs.compact() == 3
-    assert sorted(path.name for path in store.rglob("*.parquet")) == ["compacted.parquet"] * 2
-    assert hashes(store) == before and load_curves(store).equals(curves)
-    assert {name: runs.get(name) for name in runs.names()} == records
-    assert runs.find(tiny_config(gca=(0,))) == next(r for r in records.values() if r and r["gca"] and not r["match"])
-    # one line for pandas
-    assert set(pd.read_parquet(store / "records" / "compacted.parquet")["run_id"]) == set(before)
-    # newer runs stand beside the merged ones, and join them the next time
-    new = run(tiny_config(seed=1), store)
-    assert len(load_results(store)) == 4 and runs.compact() == 4 and runs.get(new["run_id"]) == new
-    assert runs.compact() == 4
+def test_record_comes_back_as_it_was_stored(store: RunStore) -> None:
+    for config in CONFIGS:
+        record = record_of(config)
+        assert store.get(record["run_id"]) == record
+    frame = load_results(store.folder).set_index("run_id")
+    assert frame["gca"].tolist() == [store.get(name)["gca"] for name in frame.index]  # type: ignore[index]
+    assert frame["published"].map(len).sum() == 1
 
 
-def test_a_run_that_is_in_both_files_counts_once(store: Path) -> None:
-    """A kill between the merged file's renaming and the removal of the loose ones leaves both."""
-    kept = {path: path.read_bytes() for path in store.rglob("*.parquet")}
+def test_merged_store_holds_the_same_runs_in_two_files(store: RunStore) -> None:
+    before, curves = hashes(store), load_curves(store.folder)
+    records = {name: store.get(name) for name in store.names()}
+    assert store.compact() == 3
+    assert sorted(path.name for path in store.folder.rglob("*.[jp]*")) == ["curves.parquet", "records.parquet"]
+    assert hashes(store) == before
+    assert {name: store.get(name) for name in store.names()} == records
+    pd.testing.assert_frame_equal(load_curves(store.folder), curves)
+    assert set(pd.read_parquet(store.folder / "records.parquet")["run_id"]) == set(before)
+
+
+def test_new_runs_stand_beside_merged_ones_and_join_them_later(store: RunStore) -> None:
+    store.compact()
+    new = record_of(RunConfig(pair="food-kitchen", seed=7), **{"test.a.new": 1.0})
+    store.put(new, [{"epoch": 0.0, "loss_kl": 1.0}])
+    assert len(load_results(store.folder)) == 4
+    assert store.get(new["run_id"]) == new
+    before, curves = hashes(store), load_curves(store.folder)
+    assert store.compact() == 4 == store.compact()
+    assert hashes(store) == before
+    pd.testing.assert_frame_equal(load_curves(store.folder), curves)
+
+
+def test_frame_has_the_named_runs_in_order(store: RunStore) -> None:
+    first, second, _ = store.names()
+    assert store.frame([second, first, second])["run_id"].tolist() == [second, first, second]
+    assert set(load_curves(store.folder, [second])["run_id"]) == {second}
+
+
+def test_run_in_both_places_counts_once(store: RunStore) -> None:
+    """As a kill leaves it, between the writing of the merged files and the removal of the others."""
+    kept = {path: path.read_bytes() for path in (store.folder / "runs").iterdir()}
     before = hashes(store)
-    RunStore(store).compact()
+    store.compact()
     for path, content in kept.items():
         path.write_bytes(content)
-    assert hashes(store) == before and len(load_curves(store)) == 3 * 2
-    assert RunStore(store).compact() == 3 and hashes(store) == before
+    assert hashes(store) == before
+    assert len(load_curves(store.folder)) == 3 * 2
+    assert store.compact() == 3
+
+
+def test_copy_under_another_name_counts_once(store: RunStore) -> None:
+    name = store.names()[0]
+    copy = store.run_path(f"{name} (conflicted copy)")
+    copy.write_bytes(store.run_path(name).read_bytes())
+    assert len(store.names()) == len(load_results(store.folder)) == store.compact() == 3
+
+
+def test_config_is_found_without_its_data(store: RunStore) -> None:
+    for place in ("new", "merged"):
+        runs = RunStore(store.folder)
+        assert [runs.find(config) for config in CONFIGS] == [record_of(config) for config in CONFIGS], place
+        assert runs.find(CONFIGS[0].replace(seed=9)) is None
+        store.compact()
+    other = {"run_id": run_id(CONFIGS[0], "newer", RESULTS_VERSION), "data_sha256": "newer"}
+    store.put({**record_of(CONFIGS[0]), **other}, [])
+    with pytest.raises(ValueError, match="several versions of food-kitchen: load the data"):
+        RunStore(store.folder).find(CONFIGS[0])
 
 
 def _compact_often(store: str, times: int) -> None:
@@ -82,100 +121,131 @@ def _compact_often(store: str, times: int) -> None:
         RunStore(store).compact()
 
 
-def test_compaction_beside_a_reader_and_a_writer_loses_nothing(store: Path) -> None:
-    record = RunStore(store).get(RunStore(store).names()[0])
-    assert record is not None
-    process = multiprocessing.get_context("spawn").Process(target=_compact_often, args=(str(store), 60))
+def test_compaction_beside_a_reader_and_a_writer_loses_nothing(store: RunStore) -> None:
+    record = record_of(CONFIGS[0])
+    process = multiprocessing.get_context("spawn").Process(target=_compact_often, args=(str(store.folder), 40))
     process.start()
     count = 0
     while process.is_alive() or count < 40:
-        RunStore(store).put({**record, "run_id": f"{count:016d}"}, [{"epoch": 0.0}])
+        store.put({**record, "run_id": f"{count:016d}"}, [{"epoch": 0}])
         count += 1
-        assert len(load_results(store)) == 3 + count and RunStore(store).get(f"{count - 1:016d}") is not None
+        assert len(load_results(store.folder)) == 3 + count
+        assert store.get(f"{count - 1:016d}") is not None
+        time.sleep(0.02)
     process.join()
     assert process.exitcode == 0
-    assert RunStore(store).compact() == 3 + count and len(load_curves(store)) == 3 * 2 + count
+    assert store.compact() == 3 + count
+    assert len(load_curves(store.folder)) == 3 * 2 + count
 
 
-def test_records_of_an_older_results_version_are_stale_and_say_why(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = {RESULTS_VERSION: "as before", RESULTS_VERSION + 1: "the loss was wrong"}
-    for module in (gcalib.records, gcalib.store):
-        monkeypatch.setattr(module, "CHANGES", changes)
-        monkeypatch.setattr(module, "RESULTS_VERSION", RESULTS_VERSION + 1)
-    assert load_results(store).empty
-    marked = load_results(store, stale=True)
-    assert marked["stale"].tolist() == ["the loss was wrong"] * 3
-    assert RunStore(store).find(tiny_config()) is None
-    monkeypatch.undo()
-    assert load_results(store, stale=True)["stale"].tolist() == [""] * 3
+def test_records_of_an_older_results_version_do_not_answer(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = store.names()[0]
+    store.put({**store.get(old), "results_version": 0}, [])  # type: ignore[dict-item]
+    store.compact()
+    assert old not in load_results(store.folder)["run_id"].tolist()
+    assert store.get(old) is None and old not in store.names()
+    monkeypatch.setattr(gcalib.store, "ANSWERING", (0, RESULTS_VERSION))
+    assert len(load_results(store.folder)) == 3
 
 
-def test_a_damaged_record_is_named(store: Path) -> None:
-    path = RunStore(store).record_path(RunStore(store).names()[0])
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{path.name} cannot be read .*: delete it to run it again"):
-        load_results(store)
-    with pytest.raises(ValueError, match=path.name):
-        RunStore(store).compact()
+def test_record_older_than_a_field_means_its_default(store: RunStore) -> None:
+    """Fields come with a default that says what was so before: old records are found, read and hashed with it."""
+    record = record_of(CONFIGS[1])
+    older = {key: value for key, value in record.items() if key not in ("objective", "negative_pools", "hidden")}
+    before = hashes(store)[record["run_id"]]
+    store.put(older, [])
+    for _ in ("new", "merged"):
+        assert store.get(record["run_id"]) == record == RunStore(store.folder).find(CONFIGS[1])
+        frame = load_results(store.folder)
+        assert set(frame["objective"]) == {"published"} and set(frame["negative_pools"]) == {1}
+        assert hashes(store)[record["run_id"]] == before
+        store.compact()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b.replace(b"0.25", b"0.26"), lambda _: b"[]"])
+def test_damaged_run_is_named_with_what_to_do(store: RunStore, damage: Any) -> None:
+    path = store.run_path(record_of(CONFIGS[0])["run_id"])
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (lambda: load_results(store.folder), store.compact, lambda: store.get(path.stem)):
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*: delete it to run it again"):
+            read()
     path.unlink()
-    assert len(load_results(store)) == 2
+    assert len(load_results(store.folder)) == 2
 
 
-def test_a_full_disk_costs_the_record_but_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pq.write_table
+@pytest.mark.parametrize("kind", ["records", "curves"])
+def test_damaged_merged_file_is_named_with_what_to_do(store: RunStore, kind: str) -> None:
+    store.compact()
+    path = store.folder / f"{kind}.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    with pytest.raises(ValueError, match=f"{kind}.parquet cannot be read .*restore it from a copy"):
+        load_results(store.folder) if kind == "records" else load_curves(store.folder)
+    path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])  # in a page, found by its checksum
+    with pytest.raises(ValueError, match=f"{kind}.parquet cannot be read"):
+        load_results(store.folder) if kind == "records" else load_curves(store.folder)
 
-    def full(table: object, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+
+def test_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(OSError, match="could not be written: No space left on device"):
-        run(tiny_config(), tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".pt", ".lock")]
-    monkeypatch.setattr(pq, "write_table", real)
-    monkeypatch.setattr(gcalib.training.Trainer, "steps", lambda *_: pytest.fail("trained again"))
-    record = run(tiny_config(), tmp_path)  # from the checkpoint of the last epoch
-    assert record["epochs_trained"] == 1 and not list((tmp_path / "checkpoints").iterdir())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="a.json could not be written: No space left on device"):
+        write(tmp_path / "a.json", b"whole")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_store_that_cannot_be_written_says_so_before_training(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_only(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
+def test_locked_run_is_busy_for_others_until_it_is_free(tmp_path: Path) -> None:
+    runs, held = RunStore(tmp_path), threading.Event()
 
-    monkeypatch.setattr(gcalib.store.FileLock, "acquire", read_only)
-    monkeypatch.setattr(gcalib.experiments, "_compute", lambda *_: pytest.fail("trained for nothing"))
-    assert run(tiny_config(), store)["model"] == "abxi"  # what is stored can be read
-    with pytest.raises(OSError, match=r"cannot be written \(Read-only file system\), and run \w{16} is not in it"):
-        run(tiny_config(seed=5), store)
+    def hold() -> None:
+        with RunStore(tmp_path).lock("a" * 16):
+            held.set()
+            time.sleep(0.3)
 
-
-def test_temporary_files_of_two_machines_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes on two machines may have the same number."""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    seen: list[str] = []
-    monkeypatch.setattr(pq, "write_table", lambda table, path, **_: (seen.append(str(path)), Path(path).touch()))
-    for _ in range(20):
-        write(tmp_path / "name.parquet", None)  # type: ignore[arg-type]
-    assert len(set(seen)) == 20 and all(Path(name).name.startswith(".name.") for name in seen)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with pytest.raises(BusyError, match="under way in another process"), runs.lock("a" * 16, wait=False):
+        pass
+    with runs.lock("a" * 16):
+        assert not thread.is_alive() or thread.join() is None
 
 
-def test_what_a_killed_process_left_is_removed_by_whoever_takes_up_its_run(store: Path) -> None:
-    name = RunStore(store).names()[0]
-    for kind in ("records", "curves", "checkpoints"):
-        (store / kind).mkdir(exist_ok=True)
-        (store / kind / f".{name}.0a1b2c3d").write_bytes(b"half")
-    (store / "locks").mkdir(exist_ok=True)
-    (store / "locks" / f"{name}.lock").touch()  # the system frees it, but does not remove it
-    RunStore(store).record_path(name).unlink()
-    RunStore(store).curve_path(name).unlink()
-    run_grid([tiny_config(), tiny_config(gca=(0,)), tiny_config(gca=(0,), match="params", match_axis="hidden")], store)
-    assert not [path for path in store.rglob(".*")]
+def test_lock_of_a_finished_run_leaves_nothing_behind(store: RunStore) -> None:
+    name = store.names()[0]
+    for kind in ("runs", "checkpoints", "models"):
+        (store.folder / kind).mkdir(exist_ok=True)
+        (store.folder / kind / f".{name}.0a1b2c3d").write_bytes(b"half")  # of a process that was killed
+    with store.lock(name):
+        pass
+    assert not [path for path in store.folder.rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
-def test_a_clock_that_goes_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backwards = itertools.count(1_000_000, -3600)
-    monkeypatch.setattr(time, "time", lambda: float(next(backwards)))
-    record = run(tiny_config(seed=2), tmp_path)
-    assert 0 < record["seconds"] < 600 and run(tiny_config(seed=2), tmp_path) == record
+def test_frames_of_an_empty_store_are_empty(tmp_path: Path) -> None:
+    assert load_results(tmp_path / "nothing").empty and load_curves(tmp_path / "nothing").empty
+    assert RunStore(tmp_path / "nothing").names() == [] and RunStore(tmp_path).get("a" * 16) is None
+    assert RunStore(tmp_path).find(CONFIGS[0]) is None and RunStore(tmp_path).compact() == 0
+
+
+def test_hash_leaves_circumstances_out() -> None:
+    record = record_of(CONFIGS[0])
+    assert record_sha256(record) == record_sha256({**record, "seconds": 99.0, "device": "cuda"})
+    assert record_sha256(record) != record_sha256({**record, "test.a.full.mrr": 0.2})
+
+
+def test_trace_names_what_was_used(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCALIB_TRACE", str(store.folder / "trace"))
+    load_results(store.folder)
+    assert (store.folder / "trace").read_text().split("\n")[:-1] == [f"{k} {v}" for k, v in hashes(store).items()]
+
+
+def test_every_committed_run_belongs_to_a_profile() -> None:
+    runs = RunStore(ROOT / "results")
+    profiles = [Profile.load(path.stem, path.parent) for path in (ROOT / "params").glob("*.yaml")]
+    asked = {config for profile in profiles for config in profile.grid_configs()}
+    records = [record for name in runs.names() if (record := runs.get(name))]
+    stored = [RunConfig(**{field: record[field] for field in RunConfig.model_fields}) for record in records]
+    assert len(stored) > 250
+    assert [config for config in stored if config not in asked] == []

@@ -1,15 +1,14 @@
-"""Training: exact resume, divergence, overfitting, scores, and evaluation against an obvious reference."""
+"""Training: schedules, exact resume, checkpoints, divergence, the epoch that is kept, precision, overfitting."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import copy
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,294 +16,414 @@ import torch
 
 from gcalib import training
 from gcalib.config import RunConfig
-from gcalib.data import load_pair
 from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
-from gcalib.evaluation import evaluate, score
-from gcalib.experiments import run
-from gcalib.models import build_model
-from gcalib.models.base import draw_negatives
-from gcalib.records import CIRCUMSTANCES
-from gcalib.store import RunStore, load_curves, load_results
-from gcalib.training import DivergedError, Trainer, fit, learning_rate
+from gcalib.evaluation import evaluate
+from gcalib.training import DivergedError, Trainer, fastest_precision, fit, learning_rate, pick_device
 
-TINY = "synthetic:num_users=150,items_a=120,items_b=130"
+PAIR = synthetic_pair(num_users=60, num_items=(60, 70))
+CPU = torch.device("cpu")
 
 
 def tiny_config(**changes: object) -> RunConfig:
-    return RunConfig(**{"pair": TINY, "dim": 8, "heads": 2, "gca": (0,), "epochs": 4, "batch_size": 32, **changes})
+    fields = {"pair": "synthetic", "dim": 8, "heads": 2, "gca": (0,), "epochs": 3, "batch_size": 20, "negatives": 64}
+    return RunConfig(**{**fields, "warmup_epochs": 0, **changes})
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair(TINY)
+def equal_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
 
 
-def comparable(record: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in record.items() if key not in CIRCUMSTANCES}
+# ------------------------------------------------------------------------------------------------ schedules, batches
 
 
-def test_learning_rate_warms_up_and_is_cut() -> None:
-    config = RunConfig(pair=TINY, lr=0.4, warmup_epochs=3, plateau_factor=0.5)
-    rates = [learning_rate(config, epoch, cuts=0) for epoch in (1, 2, 3, 4, 50)]
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert learning_rate(config, 50, cuts=2) == pytest.approx(0.1)
+def test_learning_rate_cosine_by_hand() -> None:
+    config = tiny_config(lr=0.4, warmup_epochs=3, epochs=12)
+    rates = [learning_rate(config, epoch) for epoch in (1, 2, 3, 4, 8, 12)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4 * 0.51, 0.4 * 0.02])
 
 
-def test_negatives_are_distinct_and_from_both_domains() -> None:
-    drawn = draw_negatives(np.random.default_rng(0), (20, 500), 100).numpy()
-    assert len(np.unique(drawn)) == len(drawn) == 20 + 50
-    assert (drawn <= 20).sum() == 20 and drawn.min() == 1 and drawn[drawn > 20].min() > 20 and drawn.max() <= 520
-    later = np.concatenate([draw_negatives(np.random.default_rng(s), (20, 500), 100).numpy() for s in range(200)])
-    assert set(later.tolist()) == set(range(1, 521))  # every item can be drawn
+def test_learning_rate_plateau_by_hand() -> None:
+    config = tiny_config(lr=0.4, warmup_epochs=3, schedule="plateau")
+    assert [learning_rate(config, epoch) for epoch in (1, 2, 3, 4, 50)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert learning_rate(config, 50, cuts=2) == pytest.approx(0.4 * 0.3162**2)
 
 
-def test_two_runs_of_one_seed_are_the_same_bits(tmp_path: Path) -> None:
-    first, second = (run(tiny_config(), tmp_path / name) for name in ("one", "two"))
-    assert comparable(first) == comparable(second)
-    assert comparable(run(tiny_config(seed=1), tmp_path / "one")) != comparable(first)
+@pytest.mark.parametrize("published", [(), ("shuffled_batches",)], ids=["like lengths", "shuffled"])
+def test_batches_meet_every_user_once_an_epoch(published: tuple[str, ...]) -> None:
+    trainer = Trainer(tiny_config(published=published, batch_size=12), PAIR, CPU)
+    first, second = ([users.tolist() for users in trainer.batches()] for _ in range(2))
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(PAIR.num_users))
+    assert first != second
 
 
-@pytest.mark.parametrize("changes", [{}, {"gca": (0, 1)}, {"weight_average": 0.9}, {"batches": "shuffled"}])
-def test_an_interrupted_fit_ends_as_an_undisturbed_one(
-    pair: Pair, tmp_path: Path, changes: dict[str, object]
-) -> None:
-    class Stop(Exception):
-        pass
+def test_batches_shuffled_mix_lengths() -> None:
+    spread = []
+    for published in ((), ("shuffled_batches",)):
+        trainer = Trainer(tiny_config(published=published, batch_size=12), PAIR, CPU)
+        spread.append(np.mean([np.ptp(PAIR.lengths[users]) for users in trainer.batches()]))
+    assert spread[1] > 2 * spread[0]
 
-    def stop(epoch: int) -> None:
-        if epoch == 2:
+
+def test_fit_calls_back_with_the_rows_of_the_curves() -> None:
+    rows: list[dict[str, float]] = []
+    done = fit(tiny_config(), PAIR, device="cpu", on_epoch=rows.append)
+    assert rows == done.curves[1:]
+    assert [row["epoch"] for row in done.curves] == [0, 1, 2, 3]
+    assert done.curves[1].keys() - done.curves[0].keys() == {"loss_a", "loss_b", "lr"}
+
+
+def test_fit_repeats_with_its_seed_and_leaves_torch_s_generator_alone() -> None:
+    state = torch.get_rng_state()
+    first = fit(tiny_config(), PAIR, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    again, other = (fit(tiny_config(seed=seed), PAIR, device="cpu") for seed in (0, 1))
+    assert first.curves == again.curves
+    assert equal_weights(first.model, again.model)
+    assert first.curves != other.curves
+
+
+def test_fit_learns() -> None:
+    """The built-in pair's structure is found: the targets rank far better than before training."""
+    pair = synthetic_pair(num_users=300, num_items=(60, 60), novelty=0.5, seed=1)
+    done = fit(tiny_config(model="sasrec-mixed", gca=(), dim=16, epochs=5, lr=0.01, dropout=0.1), pair, device="cpu")
+    untrained, *trained = [row["val.a.full.mrr"] + row["val.b.full.mrr"] for row in done.curves]
+    assert max(trained) > 1.5 * untrained
+
+
+# --------------------------------------------------------------------------------------------- resume, checkpoints
+
+
+class Stop(Exception):
+    """Raised in place of a kill."""
+
+
+def interrupted(config: RunConfig, checkpoint: Path, epoch: int, pair: Pair = PAIR) -> None:
+    """A run that ends after an epoch, with its checkpoint written."""
+
+    def stop(row: dict[str, float]) -> None:
+        if row["epoch"] == epoch:
             raise Stop
 
-    config = tiny_config(**changes, warmup_epochs=1, plateau_patience=0, stop_patience=3, epochs=6)
-    undisturbed = fit(config, pair, device="cpu")
-    checkpoint = tmp_path / "run.pt"
     with pytest.raises(Stop):
         fit(config, pair, device="cpu", checkpoint=checkpoint, on_epoch=stop)
-    torch.rand(5)  # what else the process draws must not matter
-    resumed = fit(config, pair, device="cpu", checkpoint=checkpoint)
-    assert resumed.curves == undisturbed.curves
-    weights = undisturbed.model.state_dict()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
 
 
-def test_shuffled_batches_mix_lengths_and_meet_every_user_once(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a checkpoint goes, written after each epoch whatever it costs."""
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", math.inf)
+    return tmp_path / "run.pt"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"published": ("shuffled_batches",)},
+        {"schedule": "plateau", "lr": 0.03, "plateau_patience": 0, "stop_patience": 2, "epochs": 30},
+        {"model": "cdsrnp", "gca": (0, 1)},  # draws its support and its latent from torch's generator
+    ],
+    ids=["cosine", "shuffled", "plateau", "cdsrnp"],
+)
+def test_resume_ends_bit_for_bit_as_an_uninterrupted_run(
+    checkpoint: Path, changes: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a batch costs in pads is the price of mixing lengths, so here is that they are mixed, and how much."""
-    spread = {}
-    for batches in ("by_length", "shuffled"):
-        trainer = Trainer(tiny_config(batches=batches, batch_size=20), pair, torch.device("cpu"))
-        met: list[np.ndarray] = []
-        monkeypatch.setattr(trainer, "step", lambda users, met=met: met.append(users) or {"a": torch.zeros(())})
-        trainer.epoch(0.1)
-        assert sorted(np.concatenate(met).tolist()) == list(range(pair.num_users))
-        spread[batches] = np.mean([np.ptp(trainer.lengths[users]) for users in met])
-    assert spread["shuffled"] > 2 * spread["by_length"]
+    config = tiny_config(**{"epochs": 4, **changes})
+    alone = fit(config, PAIR, device="cpu")
+    interrupted(config, checkpoint, 2)
+    torch.rand(5)  # what else the process draws does not matter
+    with caplog.at_level(logging.INFO, "gcalib"):
+        resumed = fit(config, PAIR, device="cpu", checkpoint=checkpoint)
+    assert "resumed after epoch 2" in caplog.text
+    assert resumed.curves == alone.curves
+    assert (resumed.best_epoch, resumed.stopped_early) == (alone.best_epoch, alone.stopped_early)
+    assert equal_weights(resumed.model, alone.model)
 
 
-def test_the_average_of_the_weights_is_what_is_ranked(pair: Pair) -> None:
-    """It follows the weights as a moving average does, from the end of the first step on, and leaves training alone."""
-    config = tiny_config(epochs=2, warmup_epochs=0)
-    plain, followed = (Trainer(config.but(weight_average=decay), pair, torch.device("cpu")) for decay in (0.0, 0.8))
-    followed.model.load_state_dict(plain.model.state_dict())
-    wanted: dict[str, torch.Tensor] = {}
-    for _ in range(3):
-        for trainer in (plain, followed):
-            torch.manual_seed(7)
-            trainer.model.train()
-            trainer.step(np.arange(20))
-        for name, value in plain.model.state_dict().items():
-            wanted[name] = 0.8 * wanted[name] + 0.2 * value if name in wanted else value.clone()
-    for name, value in followed.model.state_dict().items():
-        assert torch.equal(value, plain.model.state_dict()[name])  # training goes on as without
-        assert torch.allclose(followed.evaluated.state_dict()[name], wanted[name], rtol=0, atol=1e-6)
-    assert plain.evaluated is plain.model and followed.evaluated is not followed.model
-    done = fit(config.but(weight_average=0.8), pair, device="cpu")
-    assert evaluate(done.model, pair, "val")["a.full.mrr"] == done.curves[done.best_epoch]["val.a.full.mrr"]
-    without = fit(config, pair, device="cpu").curves
-    assert done.curves[0] == without[0] and done.curves[1]["loss_a"] == without[1]["loss_a"]
-    assert done.curves[1]["val.a.full.mrr"] != without[1]["val.a.full.mrr"]
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_resume_of_a_finished_run_trains_no_more(checkpoint: Path, schedule: str) -> None:
+    config = tiny_config(schedule=schedule, lr=0.03, stop_patience=1, epochs=3 if schedule == "cosine" else 30)
+    done, rows = fit(config, PAIR, device="cpu", checkpoint=checkpoint), []
+    again = fit(config, PAIR, device="cpu", checkpoint=checkpoint, on_epoch=rows.append)
+    assert rows == []
+    assert (again.curves, again.best_epoch) == (done.curves, done.best_epoch)
+    assert again.stopped_early == done.stopped_early == (schedule == "plateau")
+    assert equal_weights(again.model, done.model)
 
 
-def test_a_killed_run_ends_in_the_same_record(tmp_path: Path) -> None:
-    """SIGKILL in mid-epoch, start again: bit for bit the record of a run left alone."""
-    config = tiny_config(epochs=25, stop_patience=25, dim=16)
-    alone = run(config, tmp_path / "alone")
-    store = RunStore(tmp_path / "killed")
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from gcalib import RunConfig, run\n"
-        f"run(RunConfig.model_validate_json({config.model_dump_json()!r}), {str(store.folder)!r})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    checkpoint = store.checkpoint_path(alone["run_id"])
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.005)
-    time.sleep(0.1)  # some way into a later epoch
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert store.names() == []
-    resumed = run(config, store.folder)
-    assert comparable(resumed) == comparable(alone)
-    assert load_curves(store.folder).equals(load_curves(tmp_path / "alone"))
-    assert [path.name for path in store.folder.rglob("*") if path.is_file()] == [f"{alone['run_id']}.parquet"] * 2
+def test_resume_keeps_count_of_the_seconds(checkpoint: Path) -> None:
+    interrupted(tiny_config(), checkpoint, 2)
+    before = torch.load(checkpoint, weights_only=True)["progress"]["seconds"]
+    assert fit(tiny_config(), PAIR, device="cpu", checkpoint=checkpoint).seconds > before > 0
 
 
-def flipped(content: bytes) -> bytes:
-    """One bit of the largest tensor is another."""
-    place = len(content) // 2
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+@pytest.mark.parametrize("what", ["config", "data"])
+def test_checkpoint_of_another_run_is_refused(checkpoint: Path, what: str) -> None:
+    interrupted(tiny_config(), checkpoint, 1)
+    content = checkpoint.read_bytes()
+    config = tiny_config(seed=5) if what == "config" else tiny_config()
+    pair = PAIR if what == "config" else synthetic_pair(num_users=60, num_items=(60, 70), seed=1)
+    with pytest.raises(ValueError, match=r"run\.pt belongs to another run: delete it"):
+        fit(config, pair, device="cpu", checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:1000], flipped], ids=["cut", "one bit"])
-def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_set_aside(
-    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def one_bit_flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def with_a_former_field(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["config"]["weight_average"] = 0.9
+    torch.save(content, path)
+
+
+def without_a_part(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["state"] = content.pop("progress")
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("damage", [cut, one_bit_flipped, with_a_former_field, without_a_part])
+def test_checkpoint_damaged_or_of_another_version_is_set_aside(
+    checkpoint: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = tmp_path / "run.pt"
-    fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="belongs to another run"):
-        fit(tiny_config(epochs=1, seed=5), pair, device="cpu", checkpoint=checkpoint)
-    broken = damage(checkpoint.read_bytes())
-    checkpoint.write_bytes(broken)
-    fresh = fit(tiny_config(epochs=1), pair, device="cpu")
-    with caplog.at_level("WARNING"):
-        again = fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
-    assert again.curves == fresh.curves and "could not be read and is now" in caplog.text
-    assert (tmp_path / "run.damaged").read_bytes() == broken and checkpoint.exists()
+    config = tiny_config(epochs=2)
+    interrupted(config, checkpoint, 1)
+    damage(checkpoint)
+    content = checkpoint.read_bytes()
+    done = fit(config, PAIR, device="cpu", checkpoint=checkpoint)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "could not be read and is now" in caplog.text
+    assert checkpoint.with_suffix(".damaged").read_bytes() == content
+    assert done.curves == fit(config, PAIR, device="cpu").curves
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_no_run(
-    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")], ids=str)
+def test_checkpoint_on_a_full_disk_costs_no_run(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(b"as much as fits")
+        raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with caplog.at_level("WARNING"):
-        done = fit(tiny_config(epochs=2), pair, device="cpu", checkpoint=tmp_path / "run.pt")
-    assert len(done.curves) == 3 and "No space left on device" in caplog.text and not list(tmp_path.iterdir())
+    done = fit(tiny_config(epochs=2), PAIR, device="cpu", checkpoint=checkpoint)
+    assert len(done.curves) == 3
+    assert str(error) in caplog.text
+    assert not list(checkpoint.parent.iterdir())
 
 
-def test_a_checkpoint_older_than_a_field_still_counts(pair: Pair, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run.pt"
-    fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint)
-    content = torch.load(checkpoint, weights_only=True)
-    del content["config"]["negative_groups"]
-    torch.save(content, checkpoint)
-    assert len(fit(tiny_config(epochs=1), pair, device="cpu", checkpoint=checkpoint).curves) == 2
+# --------------------------------------------------------------------------------------- divergence, unusable pairs
 
 
-def test_a_diverged_run_is_reported_and_not_recorded(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match="no longer finite"):
-        run(tiny_config(lr=1e20, warmup_epochs=0), tmp_path)
-    assert load_results(tmp_path).empty
+@pytest.mark.parametrize("batch_size", [20, 60], ids=["in an epoch", "in its last step"])
+@pytest.mark.parametrize("lr", [300, 1e20])
+def test_divergence_is_told_from_bad_arguments(lr: float, batch_size: int) -> None:
+    with pytest.raises(DivergedError, match="no longer finite.*lower lr"):
+        fit(tiny_config(lr=lr, batch_size=batch_size, published=("shuffled_batches",)), PAIR, device="cpu")
 
 
-def test_a_pair_whose_validation_targets_are_all_of_one_domain_is_named(pair: Pair) -> None:
-    """The second domain comes later for every user, by two events or more."""
-    order = np.lexsort((pair.items > pair.num_items[0], np.repeat(np.arange(pair.num_users), pair.lengths)))
-    late = replace(pair, items=pair.items[order])
-    assert (late.split("val").targets > pair.num_items[0]).all()
-    with pytest.raises(ValueError, match=f"{pair.name}, domain {pair.domains[0]}: no user's validation target lies in"):
-        fit(tiny_config(), late, device="cpu")
+def test_divergence_after_the_last_step_is_found_in_validation() -> None:
+    with pytest.raises(DivergedError, match="The validation scores are no longer finite"):
+        fit(tiny_config(lr=1e30, batch_size=60, epochs=1, published=("shuffled_batches",)), PAIR, device="cpu")
 
 
-def test_early_stopping_keeps_the_best_epoch(pair: Pair) -> None:
-    done = fit(tiny_config(epochs=200, stop_patience=4, warmup_epochs=0, lr=0.02), pair, device="cpu")
-    quality = [row["val.a.full.mrr"] + row["val.b.full.mrr"] for row in done.curves]
-    assert done.stopped_early and len(done.curves) - 1 < 200
-    assert done.best_epoch == int(np.argmax(quality[1:])) + 1 == len(done.curves) - 1 - 4
-    again = evaluate(done.model, pair, "val", alignment=False)
-    assert again["a.full.mrr"] + again["b.full.mrr"] == quality[done.best_epoch]
+def test_pair_without_validation_targets_in_a_domain_is_refused() -> None:
+    """Of each user the second domain comes last, with two events or more."""
+    order = np.lexsort((PAIR.domain_of(PAIR.items), PAIR.owner))
+    with pytest.raises(ValueError, match="synthetic, domain a: no user's validation target lies in it"):
+        fit(tiny_config(), replace(PAIR, items=PAIR.items[order]), device="cpu")
 
 
-def test_the_model_can_learn_32_users_by_heart() -> None:
-    """A sound model drives the training loss of a few users near zero and ranks their training targets first."""
-    pair = synthetic_pair(num_users=32, num_items=(100, 100), seed=2)
-    config = tiny_config(dim=32, dropout=0.0, lr=0.01, weight_decay=0.0, warmup_epochs=0, seed=1)
-    torch.manual_seed(0)
-    trainer = Trainer(config, pair, torch.device("cpu"))
-    losses = [trainer.epoch(config.lr) for _ in range(60)]
-    assert losses[-1]["loss_a"] + losses[-1]["loss_b"] < 0.02 * (losses[0]["loss_a"] + losses[0]["loss_b"])
-    hits = []
-    model = trainer.model.eval()
-    for user in range(pair.num_users):
-        learned = trainer.sequences[user]
-        target = int(learned[-1])
-        scores = score(model, pair, [learned[:-1]])[0]
-        domain = slice(1, 1 + pair.num_items[0]) if target <= pair.num_items[0] else slice(1 + pair.num_items[0], None)
-        hits.append(scores[target] >= scores[domain].max())
-    assert np.mean(hits) > 0.95
+def test_select_with_too_few_items_is_refused() -> None:
+    with pytest.raises(ValueError, match="select='s999' needs more items a domain than synthetic has: use 'full'"):
+        fit(tiny_config(select="s999"), PAIR, device="cpu")
 
 
-def test_evaluation_agrees_with_ranking_score_one_user_at_a_time(pair: Pair) -> None:
-    torch.manual_seed(1)
-    model = build_model(tiny_config(), pair)
-    with torch.no_grad():
-        model.item.weight.mul_(20)
-    found = evaluate(model, pair, "test", protocols=("full", "s100") if min(pair.num_items) > 150 else ("full",))
-    split = pair.split("test")
-    reciprocal: dict[int, list[float]] = {0: [], 1: []}
-    for user in range(pair.num_users):
-        scores = score(model, pair, [split.history(user)])[0]
-        target = int(split.targets[user])
-        domain = int(target > pair.num_items[0])
-        ids = np.arange(1, 1 + pair.num_items[0]) if domain == 0 else np.arange(1 + pair.num_items[0], len(scores))
-        others = np.setdiff1d(ids, pair.sequence(user))
-        reciprocal[domain].append(1 / (1 + (scores[others] > scores[target]).sum()))
-    assert found["a.full.mrr"] == pytest.approx(np.mean(reciprocal[0]), rel=1e-6)
-    assert found["b.full.mrr"] == pytest.approx(np.mean(reciprocal[1]), rel=1e-6)
-    assert found["a.targets"] + found["b.targets"] == pair.num_users
+def test_device_unknown_or_absent_is_refused() -> None:
+    with pytest.raises(ValueError, match="device='tpu' is unknown"):
+        pick_device("tpu")
+    with pytest.raises(ValueError, match=r"device='cuda:99': PyTorch .* finds \d+ GPUs"):
+        pick_device("cuda:99")
 
 
-def test_one_draw_of_the_candidates_lies_beside_the_mean_over_draws() -> None:
-    """The kept draw's figure is one of those that the expected one averages; the AUC among all is that average."""
-    pair = synthetic_pair(num_users=400, num_items=(300, 300), seed=3)
-    torch.manual_seed(1)
-    found = evaluate(build_model(tiny_config(), pair), pair, "test", protocols=("s100",), alignment=False)
-    for domain in "ab":
-        mean, targets = found[f"{domain}.s100_expected.hr@20"], found[f"{domain}.targets"]
-        assert found[f"{domain}.s100_expected.auc"] == pytest.approx(found[f"{domain}.full.auc"], rel=1e-12)
-        widest = (mean * (1 - mean) / targets) ** 0.5  # the targets differ, which makes the draws' spread smaller
-        assert 0 < abs(found[f"{domain}.s100.hr@20"] - mean) < 4 * widest
-        assert found[f"{domain}.full.hr@20"] < mean < 1
+# ------------------------------------------------------------------------------------------- the epoch that is kept
 
 
-def test_memory_is_handed_back_at_once_where_there_is_much(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    returned: list[int] = []
-    trainer = Trainer(tiny_config(batch_size=5), pair, torch.device("cpu"))
-    monkeypatch.setattr(training, "_TRIM", returned.append)
-    times = []
-    for held in (training.TRIM_ABOVE, training.TRIM_AT_ONCE, training.TRIM_AT_ONCE + 1):
-        monkeypatch.setattr(training, "_resident", lambda held=held: held)
-        returned.clear()
-        steps = sum(1 for _ in trainer.steps(1e-3))
-        times.append(len(returned))
-    assert steps >= 30 and times == [0, steps // 8 + 1, steps + 1]  # once more at the end
+Weights = list[dict[str, torch.Tensor]]
 
 
-def test_score_has_one_column_an_item_and_refuses_bad_histories(pair: Pair) -> None:
-    model = build_model(tiny_config(), pair).train()
-    scores = score(model, pair, [[1, 2, 3], np.array([140]), list(range(1, 100))])
-    assert scores.shape == (3, 1 + sum(pair.num_items)) and scores.dtype == np.float32
-    assert np.isneginf(scores[:, 0]).all() and np.isfinite(scores[:, 1:]).all()
-    assert model.training  # as it was
-    assert score(model, pair, []).shape == (0, 1 + sum(pair.num_items))
-    with pytest.raises(ValueError, match="History 1 must be a list of at least one"):
-        score(model, pair, [[1], []])
-    with pytest.raises(ValueError, match=r"History 0 holds an item id outside 1\.\.250"):
-        score(model, pair, [[0, 3]])
+def prescribe(monkeypatch: pytest.MonkeyPatch, figures: list[float], candidates: str = "full") -> Weights:
+    """Let the validation MRR of A be the given figures, of the untrained model first; returns each epoch's weights."""
+    weights: Weights = []
+
+    def validate(trainer: Trainer) -> dict[str, float]:
+        weights.append(copy.deepcopy(trainer.model.state_dict()))
+        return {f"val.a.{candidates}.mrr": figures[len(weights) - 1], f"val.b.{candidates}.mrr": 0.5}
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    return weights
 
 
-def test_bf16_learns_like_fp32(pair: Pair) -> None:
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize("select", ["full", "s100"])
+def test_best_epoch_is_kept(schedule: str, select: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = prescribe(monkeypatch, [0.9, 0.1, 0.2, 0.4, 0.4, 0.3], select)
+    done = fit(tiny_config(schedule=schedule, select=select, epochs=5), PAIR, device="cpu")
+    assert done.best_epoch == 3
+    assert not done.stopped_early
+    assert all(torch.equal(tensor, weights[3][name]) for name, tensor in done.model.state_dict().items())
+
+
+def test_best_epoch_is_the_one_with_the_highest_mrr_of_both_domains() -> None:
+    done = fit(tiny_config(lr=0.03), PAIR, device="cpu")
+    quality = [row["val.a.full.mrr"] + row["val.b.full.mrr"] for row in done.curves[1:]]
+    assert done.best_epoch == 1 + int(np.argmax(quality))
+    again = evaluate(done.model, PAIR, "val", protocols=("full",), alignment=False)
+    assert again["a.full.mrr"] + again["b.full.mrr"] == max(quality)
+
+
+def test_early_stopping_waits_for_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    prescribe(monkeypatch, [0.9, 0.1, 0.3, 0.2, 0.4, 0.4, 0.3, 0.2])
+    done = fit(tiny_config(schedule="plateau", epochs=50, stop_patience=3), PAIR, device="cpu")
+    assert done.stopped_early
+    assert (done.best_epoch, len(done.curves) - 1) == (4, 7)
+
+
+def test_early_stopping_does_not_count_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    prescribe(monkeypatch, [0.9, 0.4, 0.3, 0.3, 0.3, 0.3])
+    done = fit(tiny_config(schedule="plateau", epochs=50, stop_patience=2, warmup_epochs=3), PAIR, device="cpu")
+    assert (done.best_epoch, len(done.curves) - 1) == (1, 5)
+
+
+def test_cosine_never_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    prescribe(monkeypatch, [0.9, 0.4, 0.3, 0.2, 0.1])
+    done = fit(tiny_config(epochs=4, stop_patience=1), PAIR, device="cpu")
+    assert not done.stopped_early
+    assert len(done.curves) == 5
+
+
+def test_plateau_cuts_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    prescribe(monkeypatch, [0.9, 0.1, 0.3, 0.2, 0.2, 0.4, 0.3, 0.3, 0.3, 0.3])
+    config = tiny_config(schedule="plateau", epochs=9, plateau_patience=1, lr=0.03)
+    rates = [row["lr"] for row in fit(config, PAIR, device="cpu").curves[1:]]
+    cuts = [0, 0, 0, 0, 1, 1, 1, 2, 2]  # after epochs 3, 4 and 6, 7 without a better one
+    assert rates == pytest.approx([0.03 * 0.3162**n for n in cuts])
+
+
+# --------------------------------------------------------------------------------------------------------- precision
+
+
+def test_precision_auto_is_measured_once() -> None:
+    fastest_precision.cache_clear()
+    chosen = fastest_precision("cpu")
+    assert chosen in ("fp32", "bf16")
+    assert fastest_precision("cpu") == chosen
+    assert fastest_precision.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("fastest", ["fp32", "bf16"])
+def test_precision_auto_takes_the_faster_and_says_which(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fastest_precision", lambda device: {"cpu": fastest}[device])
+    done, asked = (fit(tiny_config(epochs=1, precision=name), PAIR, device="cpu") for name in ("auto", fastest))
+    assert done.precision == asked.precision == fastest
+    assert done.curves == asked.curves
+
+
+def test_precision_auto_keeps_to_what_a_run_began_with(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(precision="auto")
+    monkeypatch.setattr(training, "fastest_precision", lambda _: "bf16")
+    interrupted(config, checkpoint, 1)
+    monkeypatch.setattr(training, "fastest_precision", lambda _: "fp32")
+    assert fit(config, PAIR, device="cpu", checkpoint=checkpoint).precision == "bf16"
+
+
+@pytest.mark.parametrize("model", ["abxi", "cdsrnp", "llm4cdsr"])
+def test_precision_bf16_learns_like_fp32(model: str) -> None:
     """Half the mantissa moves single figures a little and the training loss hardly at all."""
+    text = {"text": "random"} if model == "llm4cdsr" else {}
     losses = {}
     for precision in ("fp32", "bf16"):
-        done = fit(tiny_config(precision=precision, epochs=5, warmup_epochs=0, dim=16), pair, device="cpu")
+        config = tiny_config(model=model, precision=precision, epochs=3, dim=16, dropout=0.1, lr=0.01, **text)
+        done = fit(config, PAIR, device="cpu")
         losses[precision] = np.array([row["loss_a"] + row["loss_b"] for row in done.curves[1:]])
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
-    assert (losses["bf16"] != losses["fp32"]).all()  # it did run in another precision
-    assert losses["fp32"][-1] < losses["fp32"][0]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"].tolist() != losses["fp32"].tolist()
+    assert losses["fp32"][-1] < 0.98 * losses["fp32"][0]
+
+
+# ------------------------------------------------------------------------------------------------------- overfitting
+
+
+def share_ranked_first(model: str, pair: Pair, **changes: Any) -> float:
+    """Share of the training targets that a model ranks first after training on a tiny batch.
+
+    Counted are targets with three events before them, one of their own domain: several users may begin alike, and
+    CDSRNP says nothing of a user in a domain without a row.
+    """
+    config = tiny_config(
+        model=model, dim=32, dropout=0.0, weight_decay=0.0, batch_size=16, max_length=13, negatives=200, lr=0.015,
+        warmup_epochs=5, epochs=60, **changes,
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, pair, CPU)
+    for epoch in range(1, config.epochs + 1):
+        trainer.epoch(learning_rate(config, epoch))
+    users = np.arange(pair.num_users)
+    batch = trainer.model.collate(trainer.histories, pair, training=True, users=users)
+    hits = []
+    with torch.no_grad():
+        for domain, (h, stream) in enumerate(zip(trainer.model(batch), batch.domains, strict=True)):
+            counted = stream.predicts & stream.mask
+            if pair.has_global_order:
+                counted &= stream.query_position >= 2
+            best = trainer.model.scorer(domain)(h[counted]).argmax(dim=1) + 1 + domain * pair.num_items[0]
+            hits += (best == stream.targets[counted]).tolist()
+    assert len(hits) > 100
+    return float(np.mean(hits))
+
+
+FEW = synthetic_pair(num_users=16, num_items=(100, 100), seed=2)
+INFONCE = {"objective": "infonce"}
+MODELS = pytest.mark.parametrize(
+    ("model", "changes"),
+    [("abxi", {}), ("llm4cdsr", {"text": "random", **INFONCE}), ("cdsrnp", INFONCE)],
+    ids=["abxi", "llm4cdsr", "cdsrnp"],
+)
+
+
+@MODELS
+def test_overfits_a_tiny_batch(model: str, changes: dict[str, Any]) -> None:
+    """Every target comes first, by two logits or more, wherever this was tried."""
+    assert share_ranked_first(model, FEW, **changes) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+@MODELS
+def test_overfits_a_tiny_batch_whatever_the_seed(model: str, changes: dict[str, Any], seed: int) -> None:
+    assert share_ranked_first(model, FEW, seed=seed, **changes) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "gca"), [("cdsrnp", (0,)), ("sasrec", ()), ("sasrec-mixed", ())])
+def test_overfits_a_tiny_batch_with_the_published_loss(model: str, gca: tuple[int, ...]) -> None:
+    assert share_ranked_first(model, FEW, gca=gca) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "gca"), [("cdsrnp", (0,)), ("cdsrnp", (2,)), ("sasrec", ())])
+def test_overfits_a_tiny_batch_of_a_per_domain_pair(model: str, gca: tuple[int, ...]) -> None:
+    order = np.lexsort((FEW.domain_of(FEW.items), FEW.owner))
+    pair = replace(FEW, items=FEW.items[order], times=np.full(len(order), -1), has_global_order=False)
+    assert share_ranked_first(model, pair, gca=gca, **INFONCE) > 0.95

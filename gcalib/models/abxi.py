@@ -1,37 +1,36 @@
 """ABXI: invariant interest adaptation for cross-domain sequential recommendation (WWW 2025, arXiv 2501.15118).
 
 Three streams, the mixed one x and one a domain, pass a shared encoder with a low-rank adapter each; an invariant
-projection of x then joins each domain's own projection. Gated cross-attention (arXiv 2510.09435) can be put between
-the two domain streams at three points:
+projection of x then joins each domain's own projection. The loss is InfoNCE, `s_i = state . E[i]`:
+
+    -log(exp(s_t / T) / (exp(s_t / T) + sum over negatives n of exp(s_n / T)))
+
+Gated cross-attention (arXiv 2510.09435) can be put between the two domain streams at three points:
 
     GCA0, early   right after the embeddings
     GCA1, mid     after the sequence encoder (attention, feed-forward, norm)
     GCA2, late    on the final states, before they are multiplied with the item vectors
 
-What may attend to what is told in `gcalib.models.crossing`.
-
-Ours and official: with `as_published` the model repeats the official code to rounding (positions counted within each
-stream, attention not masked at pads). Without it, positions count in the mixed sequence and pads are invisible. Both
-are trained against negatives shared by the batch, where the official code draws a set for each position and leaves out
-the items of the user's training history (here `own_negatives=False` does), but for A's last item, which its pool of B's
-negatives holds, too. Through part of its history that code counted pads, whose id is 0, among the targets of A (here
-`pads_as_targets=True` does); its last version does not, and its published figures name no version.
+Ours and official: `published: [official_attention]` repeats the official code to rounding (positions counted within
+each stream, pads attended to). Without it, positions count in the mixed sequence and pads are invisible. Both are
+trained against negatives shared by the batch, where the official code draws a set for each position and leaves out the
+items of the user's training history (`exclude_history_negatives`), but for A's last item, which its pool of B's
+negatives holds, too. Through part of its history that code counted pads among the targets of A (`pads_as_targets`);
+its last version does not, and its published figures name no version.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gcalib.attention import causal_mask
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch
-from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU
-from gcalib.models.base import Recommender, info_nce, mean_per_user, shared_logits
-from gcalib.models.crossing import Crossings, of_queries, touched, untouched
-from gcalib.packing import spread_rows, take_rows
+from gcalib.data.batches import Batch, Stream, rows_at
+from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU, padded, real_rows
+from gcalib.models.base import CrossDomainAttention, Recommender, States
 
 LATE = 2
 
@@ -45,19 +44,14 @@ class ABXI(Recommender):
         2: "late, on the final states",
     }
 
+    negatives_of_both = True
+
     def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
-        super().__init__()
+        super().__init__(config, num_items)
         d = config.dim
-        self.num_items = num_items
-        self.window = config.max_length - 3  # input slots left by leave-one-out and by the shift to targets
-        self.as_published = config.as_published
-        self.pads_as_targets = config.pads_as_targets
-        self.num_negatives = config.negatives
-        self.negative_groups = config.negative_groups
-        self.own_negatives = config.own_negatives
-        self.temperature = config.temperature
-        self.gca_points = config.gca
-        self.reads_tails = bool({0, 1} & set(config.gca))
+        self.infonce = True
+        self.keep_last_item = bool({0, 1} & set(config.gca))
+        self.official = self.recency_in_domain = "official_attention" in config.published
 
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
         self.position = nn.Embedding(1 + self.window, d, padding_idx=0)
@@ -76,91 +70,91 @@ class ABXI(Recommender):
         self.own_norm = nn.ModuleDict({s: nn.LayerNorm(d) for s in "ab"})
         self.apply(_initialise)
 
-        # made last, so that a seed gives the baseline the same start with and without them
-        self.gca = Crossings(config, d)
+        # made last, so that a seed gives the plain model the same initial weights with and without them
+        self.gca = CrossDomainAttention(config)
 
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
-        streams = (batch.mixed, *batch.own)
-        # In evaluation only the newest states are asked for: older rows go no further than the last layer in which
-        # another row reads them.
-        newest_only = not self.training and LATE not in self.gca_points
-        queries = [q.newest() for q in batch.queries] if newest_only else list(batch.queries)
-        has_own = [q.own_row >= 0 for q in queries]
-        read = [q.own_row[has] for q, has in zip(queries, has_own, strict=True)]
-
+    def forward(self, batch: Batch) -> States:
         # 1. h = drop(E[item] + P[position])
-        h = self.dropout(torch.cat([self.item(s.items) + self.position(s.position) for s in streams]))
-        if 0 in self.gca_points:
-            x, a, b = h.split([len(s.items) for s in streams])
-            h = torch.cat([x, *self.gca.cross(0, a, b, *(untouched(s) for s in batch.own))])
-
-        # 2. h = LN(h + drop(Attention(h))), causal, one for all streams
-        pads = [s.pads for s in streams] if self.as_published else None
-        h = self.attention_norm(h + self.dropout(self.attention(h, [s.layout for s in streams], pads)))
-
-        x, a, b = h.split([len(s.items) for s in streams])
-        if newest_only:
-            x = x[queries[0].mixed_row]
-        if 1 not in self.gca_points:
-            a, b = _only(a, read[0]), _only(b, read[1])
-
-        # 3. h_s = LN_s(h + drop(FFN(h)) + drop(LoRA_s(h))), s = x, a, b
-        rows = torch.cat([x, a, b])
-        fed = (rows + self.dropout(self.ffn(rows))).split([len(x), len(a), len(b)])
+        streams = (batch.mixed, *batch.domains)
         x, a, b = (
-            self.ffn_norm[s](f + self.dropout(self.lora[s](h))) for s, f, h in zip("xab", fed, (x, a, b), strict=True)
-        )
-        if 1 in self.gca_points:
-            clocks = touched if 0 in self.gca_points else untouched
-            a, b = self.gca.cross(1, a, b, *(clocks(s) for s in batch.own))
-            a, b = _only(a, read[0]), _only(b, read[1])
+            self.dropout(h + self.position(s.recency)) for h, s in zip(self.embedded(*streams), streams, strict=True)
+        )  # (B, L, d), (B, l_A, d), (B, l_B, d)
+        a, b = self.gca(0, (a, b), batch)
 
-        # 4. h_i = FFN_i(h_x), the invariant projection, joins each domain's own: the state of a target in s = a, b is
-        #    LN_is(h_x + drop(h_i) + drop(LoRA_is(h_x))) + LN_s(h_s + drop(FFN_s(h_s)))
-        h_i = self.invariant(x)
+        # in evaluation only the newest states are asked for, and only a later cross-attention reads older ones
+        last_point = max(self.gca.points, default=0)
+        newest = not self.training and last_point == 0
+        x = self.encode("x", x, batch.mixed, batch, newest)
+        a, b = (
+            self.encode(s, h, stream, batch, newest) for s, h, stream in zip("ab", (a, b), batch.domains, strict=True)
+        )
+        a, b = self.gca(1, (a, b), batch)
+        if not self.training and last_point == 1:
+            x, a, b = (s.newest(h) for s, h in zip((batch.mixed, *batch.domains), (x, a, b), strict=True))
+
+        newest = not self.training and last_point < LATE
+        states = self.combine(x, a, b, batch, newest)
+        states = self.gca(LATE, states, batch, of_predictions=True)
+        if not self.training and last_point == LATE:
+            states = batch.a.newest(states[0]), batch.b.newest(states[1])
+        return states
+
+    def encode(self, s: str, h: Tensor, stream: Stream, batch: Batch, newest: bool) -> Tensor:
+        """Steps 2 and 3: shared causal attention and feed-forward, with a LoRA and a norm of the stream's own.
+
+            h = LN(h + drop(Attention(h)));  h_s = LN_s(h + drop(FFN(h)) + drop(LoRA_s(h)))
+
+        `newest`: only of each user's newest row.
+        """
+        pads = self.pads(stream, batch) if self.official else None
+        h = self.attention_norm(h + self.dropout(self.attention(h, causal_mask(stream.mask), pads)))
+        h, mask = (stream.newest(h), stream.newest_mask) if newest else (h, stream.mask)
+        fed = padded(self.ffn(real_rows(h, mask)), mask)
+        return self.ffn_norm[s](h + self.dropout(fed) + self.dropout(self.lora[s](h))) * mask.unsqueeze(2)
+
+    def combine(self, x: Tensor, a: Tensor, b: Tensor, batch: Batch, newest: bool) -> States:
+        """Step 4: h_i = FFN_i(h_x), and the state of a prediction in s = a, b.
+
+            LN_is(h_x + drop(h_i) + drop(LoRA_is(h_x))) + LN_s(h_s + drop(FFN_s(h_s)))
+
+        Before a domain's first item h_s is zero, and what the norm makes of zero is its bias.
+        """
+        real = batch.mixed.newest_mask if newest else batch.mixed.mask
+        h_i = padded(self.invariant(real_rows(x, real)), real)
         states = []
-        for s, own, query, has in zip("ab", (a, b), queries, has_own, strict=True):
-            x_s, i_s = (x, h_i) if newest_only else (take_rows(h, query.mixed_row) for h in (x, h_i))
+        for s, h, stream in zip("ab", (a, b), batch.domains, strict=True):
+            # the mixed row at which each prediction is made
+            x_s, i_s = (t if newest else rows_at(t, stream.query_position.clamp(min=0)) for t in (x, h_i))
             shared = self.invariant_norm[s](x_s + self.dropout(i_s) + self.dropout(self.invariant_lora[s](x_s)))
-            private = self.own_norm[s](own + self.dropout(self.own[s](own)))
-            # Before a domain's first item its row is zero, and what a norm makes of zero is its bias.
-            missing = torch.where(has.unsqueeze(1), 0.0, cast(Tensor, self.own_norm[s].bias))
-            states.append(shared + spread_rows(private, torch.nonzero(has).squeeze(1), len(has)) + missing)
-        if LATE in self.gca_points:
-            states = list(self.gca.cross(LATE, *states, *(of_queries(q, batch.size) for q in queries)))
-            if not self.training:
-                states = [state[query.last] for state, query in zip(states, queries, strict=True)]
+            real = stream.newest_mask if newest else stream.mask
+            fed = padded(self.own[s](real_rows(h, real)), real)
+            states.append(shared + self.own_norm[s](h + self.dropout(fed)))
         return states[0], states[1]
 
+    def pads(self, stream: Stream, batch: Batch) -> Tensor:
+        """How many pads official ABXI lets each row attend to: columns up to the row's own less real rows there."""
+        columns = torch.arange(stream.items.size(1), device=stream.items.device)
+        inputs = batch.mixed.mask.sum(dim=1, keepdim=True)
+        if stream is batch.mixed:
+            return (self.window - inputs).expand_as(stream.items)
+        return (self.window - inputs + stream.query_position - (columns - 1)).clamp(min=0)
+
     @property
-    def widths(self) -> dict[str, int]:
-        return {"hidden": self.ffn.inner.out_features}
+    def hidden(self) -> int:
+        return self.ffn.inner.out_features
 
-    def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
-        """InfoNCE of each domain: averaged over a user's targets in it, then over the batch's users.
+    def user_weights(self, batch: Batch, stream: Stream, user: Tensor) -> Tensor:
+        """With `pads_as_targets`, every input of the window without a target of B counts as a target of A in the mean.
 
-            -log(exp(s_t / T) / (exp(s_t / T) + sum over negatives n of exp(s_n / T))),  s_i = state . E[i]
-
-        With `pads_as_targets`, every slot of the window that holds no target of B counts as one of A in that average.
         A pad's own loss is a constant, which is left out.
         """
-        vectors = self.item(negatives)
-        losses = {}
-        for domain, state, queries, spared in zip("ab", self(batch), batch.queries, self.spared(batch), strict=True):
-            positive, negative = shared_logits(
-                state, queries.targets, self.item(queries.targets), negatives, vectors, spared
-            )
-            if domain == "a" and self.pads_as_targets:
-                of_b = torch.bincount(batch.queries[1].sequence, minlength=batch.size)
-                weight = 1.0 / ((self.window - of_b)[queries.sequence] * batch.size)
-            else:
-                weight = mean_per_user(queries.sequence, batch.size)
-            losses[domain] = info_nce(positive / self.temperature, negative / self.temperature, weight)
-        return losses
+        if stream is batch.a and "pads_as_targets" in self.config.published:
+            return 1.0 / ((self.window - batch.b.predicts.sum(dim=1))[user] * batch.size)
+        return super().user_weights(batch, stream, user)
 
 
 def _initialise(module: nn.Module) -> None:
-    """The start of the official code: N(0, 0.02) weights, zero biases; LoRA starts itself, with B at zero."""
+    """The start of the official code: N(0, 0.02) weights, zero biases; LoRA initialises itself, with B at zero."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -170,8 +164,3 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, SelfAttention):
         # torch's own attention, which the official code uses, draws these wider than the rest
         nn.init.xavier_uniform_(module.query_key_value.weight)
-
-
-def _only(rows: Tensor, read: Int[Tensor, " read"]) -> Tensor:
-    """The rows that a query reads, in order; mostly all of them."""
-    return rows if len(read) == len(rows) else take_rows(rows, read)

@@ -1,128 +1,200 @@
-"""What every model offers to training, evaluation and measurement, and the losses that they share."""
+"""What every model offers to training and evaluation, and cross-attention between its two domain streams."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gcalib.attention import GatedCrossAttention, visible
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch
+from gcalib.data.batches import Batch, Stream, collate
 from gcalib.data.pair import Pair
+from gcalib.models.losses import binary_cross_entropy, draw_negatives, info_nce, mean_per_user, shared_logits
 
-REDRAWS = 20  # of a negative that the user has; not for ever, since a user may have the whole domain
+States = tuple[Float[Tensor, "B l_A dim"], Float[Tensor, "B l_B dim"]]
 
 
 class Recommender(nn.Module, ABC):
     """A model of users' next items in two domains, A (0) and B (1).
 
+    A subclass makes its layers, `forward`, and, if its loss is not the shared one, `loss`.
+
     Attributes
     ----------
     points
         The insertion points of gated cross-attention that the model has, and where they are.
-    needs_clock
+    needs_global_order
         Whether it needs the order of events across the two domains.
     trained
-        False for a yardstick without parameters: `fit` only evaluates it.
+        False for a baseline without parameters: `fit` only evaluates it.
     num_items
         Items of A and of B; ids 1..nA are A's, nA+1..nA+nB are B's, 0 is padding.
     window
         Events of a history that the model looks at, the newest ones.
-    as_published, reads_tails
-        Passed on to `make_batch` (as `as_published` and `tails`).
-    num_negatives, negative_groups
-        Negatives that a training step draws for each of the groups (see `negatives`).
-    own_negatives
-        Whether they may be items of the user's own (see `spared`).
+    keep_last_item, recency_in_domain
+        How its batches are made (`gcalib.data.batches.collate`).
     item
-        Table (1 + nA + nB, d) of the items' embeddings, where the model has one.
+        Table (1 + nA + nB, d) of the items' embeddings.
     """
 
     points: ClassVar[dict[int, str]] = {}
-    needs_clock: ClassVar[bool] = True
+    needs_global_order: ClassVar[bool] = True
     trained: ClassVar[bool] = True
 
-    num_items: tuple[int, int]
-    window: int
-    as_published: bool = False
-    reads_tails: bool = False
-    num_negatives: int
-    negative_groups: int = 1
-    own_negatives: bool = True
+    infonce: bool  # else binary cross-entropy
+    negatives_of_both: bool = False  # a prediction is held against negatives of both domains, not only of its own
+    keep_last_item: bool = False
+    recency_in_domain: bool = False
     item: nn.Embedding
+
+    def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.num_items = num_items
+        self.window = config.max_length - 3  # what leave-one-out and the shift to targets leave
+        self.infonce = config.objective == "infonce"
 
     @classmethod
     def build(cls, config: RunConfig, pair: Pair) -> Self:
         """A fresh model for a pair; a model that reads more of the pair than its sizes overrides this."""
         return cls(config, pair.num_items)
 
-    def __init__(self, *_: Any) -> None:
-        super().__init__()
+    def collate(
+        self, histories: Sequence[np.ndarray], pair: Pair, *, training: bool, users: np.ndarray | None = None
+    ) -> Batch:
+        """A batch as the model reads it (`gcalib.data.batches.collate`)."""
+        return collate(
+            histories, self.num_items[0], window=self.window, training=training, users=users,
+            keep_last_item=self.keep_last_item, recency_in_domain=self.recency_in_domain,
+            global_order=pair.has_global_order,
+        )  # fmt: skip
+
+    def embedded(self, *streams: Stream) -> tuple[Float[Tensor, "B L dim"], ...]:
+        """Item embeddings of streams, by one lookup: each costs a gradient as large as the table."""
+        items = torch.cat([stream.items for stream in streams], dim=1)
+        return self.item(items).split([stream.items.size(1) for stream in streams], dim=1)
 
     @abstractmethod
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
-        """States that predict: in training one for each query of `batch`, in evaluation one a user, in A and in B."""
+    def forward(self, batch: Batch) -> States:
+        """States that predict an item of A and of B: in training at every row of the domain's stream (B, l, d), of
+        which those count that `predicts`; in evaluation at each user's newest row (B, 1, d).
+        """
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
-        """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state.
-
-        By default the rows of `item`; a model that scores otherwise overrides this.
-        """
+        """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state."""
         nA, nB = self.num_items
         return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
 
     def scorer(self, domain: int) -> Callable[[Tensor], Tensor]:
-        """A function from states of a domain (users, dim) to the scores of its items (users, items).
-
-        Made once for many batches, since the items' vectors may take some computing.
-        """
+        """A function from states (users, d) to the scores of a domain's items (users, items), for many batches."""
         vectors = self.item_vectors(domain)
         return lambda states: states @ vectors.T
 
-    @abstractmethod
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
-        """Training losses by name, to be added up: `"a"` and `"b"` of the two domains, and what else a model has."""
+        """Losses by name, to be added up: `"a"` and `"b"`, those of the domains, and what else a model has."""
+        return self.next_item_losses(self(batch), batch, negatives)
+
+    def next_item_losses(
+        self, states: States, batch: Batch, negatives: Int[Tensor, "pools negatives"]
+    ) -> dict[str, Tensor]:
+        """Losses `"a"` and `"b"` of states: InfoNCE or binary cross-entropy, averaged over users (`user_weights`)."""
+        pools = [negatives]
+        if not self.negatives_of_both:  # every pool has as many negatives of a domain as the next
+            in_b = negatives > self.num_items[0]
+            pools = [negatives[in_b == bool(domain)].view(len(negatives), -1) for domain in (0, 1)]
+        targets = [stream.targets[stream.predicts] for stream in batch.domains]
+        # one lookup: each costs a gradient as large as the table
+        named = [*targets, *(ids.flatten() for ids in pools)]
+        of_a, of_b, *of_pools = self.item(torch.cat(named)).split([len(ids) for ids in named])
+        losses = {}
+        for s, h, stream, ids, vectors in zip("ab", states, batch.domains, targets, (of_a, of_b), strict=True):
+            mine = 0 if s == "a" else len(pools) - 1
+            user = stream.predicts.nonzero()[:, 0]
+            positive, negative = shared_logits(
+                h[stream.predicts], ids, vectors, pools[mine], of_pools[mine].view(*pools[mine].shape, -1),
+                self.excluded(batch, user),
+            )  # fmt: skip
+            weight = self.user_weights(batch, stream, user)
+            if self.infonce:
+                temperature = self.config.temperature
+                losses[s] = info_nce(positive / temperature, negative / temperature, weight)
+            else:
+                losses[s] = binary_cross_entropy(positive, negative, weight)
+        return losses
+
+    def user_weights(self, batch: Batch, stream: Stream, user: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Weight of each prediction of a stream in its loss: a mean over the user's, then over the batch's users."""
+        return mean_per_user(user, batch.size)
 
     def negatives(self, batch: Batch, rng: np.random.Generator) -> Tensor:
-        """What `loss` gets as negatives: by default `draw_negatives`, item ids shared by the whole batch.
+        """What `loss` gets as negatives: item ids (pools, negatives), a row for each part of the batch.
 
-        With several groups, a row of them for each: every part of the batch has negatives of its own. It costs no more
-        products, and many more items get a gradient at each step, which is what their tables wait for.
+        More pools cost no more products, and many more items get a gradient at each step.
         """
-        drawn = [draw_negatives(rng, self.num_items, self.num_negatives) for _ in range(self.negative_groups)]
-        return torch.stack(drawn) if self.negative_groups > 1 else drawn[0]
+        pools = range(self.config.negative_pools)
+        return torch.stack([draw_negatives(rng, self.num_items, self.config.negatives) for _ in pools])
 
-    def spared(
-        self, batch: Batch
-    ) -> tuple[Int[Tensor, "queries_a items"] | None, Int[Tensor, "queries_b items"] | None]:
-        """The items that are no negatives of each query of A and of B, beside its target; None where there are none."""
-        if self.own_negatives:
-            return None, None
-        items = items_of_users(batch)
-        of_a, of_b = (items[queries.sequence] for queries in batch.queries)
-        return of_a, of_b
+    def excluded(self, batch: Batch, user: Int[Tensor, " N"]) -> Int[Tensor, "N items"] | None:
+        """The items that are no negatives of each prediction, beside its target: with the option, the user's own."""
+        return batch.history_items[user] if "exclude_history_negatives" in self.config.published else None
 
     @property
-    def widths(self) -> dict[str, int]:
-        """What the config's None came to: inner width `hidden`, and `layers` or `adapter` where the model has them."""
-        raise NotImplementedError(f"{type(self).__name__} has no widths to match.")
+    def hidden(self) -> int:
+        """Inner width of the feed-forward layers."""
+        return self.config.hidden or self.config.dim
 
     def facts(self) -> dict[str, Any]:
         """What a record has to say of this model beside its config: columns by name."""
         return {}
 
 
-def start_small(module: nn.Module) -> None:
-    """Start a linear layer or an embedding table of a transformer, for `nn.Module.apply`.
+class CrossDomainAttention(nn.ModuleDict):
+    """The gated cross-attentions of a model, two for each insertion point (`"0a"`: point 0, queries of A)."""
 
-    Tables are small, as the official Xavier start of a large table is: from N(0, 1 / d) it takes several times the
-    epochs.
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(
+            {f"{p}{s}": GatedCrossAttention(config.dim, config.heads, config.gate) for p in config.gca for s in "ab"}
+        )
+        self.points = config.gca
+        for name, module in self.items():
+            module.name = f"{name[1]}.gca{name[0]}"  # type: ignore[assignment]
+
+    def forward(self, point: int, h: States, batch: Batch, *, of_predictions: bool = False) -> States:
+        """`(GCA(a, b), GCA(b, a))` at an insertion point of the model, else `h`; so it is at pads.
+
+        A row that no cross-attention has updated depends on its own `position`, and one that was itself a query on
+        all events up to its `query_position`. So a first cross-attention at 0 or 1 sees the other domain's newest
+        item, and a later one of a stack sees it through what the first made of it. The strict comparison of two
+        updated rows hides the newest ones from each other in evaluation, as the targets do in training.
+
+        Parameters
+        ----------
+        of_predictions
+            The rows are the states of predictions, each of which depends on all events up to its `query_position`.
+        """
+        if point not in self.points:
+            return h
+        updated = of_predictions or point != min(self.points)
+        out = []
+        for s, x, y, of_x, of_y in (("a", *h, *batch.domains), ("b", *h[::-1], *batch.domains[::-1])):
+            mask = visible(of_x.query_position, of_y.query_position + 1 if updated else of_y.position)
+            rows, keys = (of_x.predicts, of_y.predicts) if of_predictions else (of_x.mask, of_y.mask)
+            updated_x = self[f"{point}{s}"](x, y, query_mask=rows, key_mask=keys, mask=mask)
+            out.append(torch.where(rows.unsqueeze(2), updated_x, x))
+        return out[0], out[1]
+
+
+def start_small(module: nn.Module) -> None:
+    """Initialise a linear layer or an embedding table of a transformer, for `nn.Module.apply`.
+
+    Tables are small, as the official Xavier start of a large table is: from N(0, 1 / d) training takes several times
+    the epochs.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -130,169 +202,3 @@ def start_small(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
         module.weight.data[0].zero_()
-
-
-def draw_negatives(rng: np.random.Generator, num_items: tuple[int, int], count: int) -> Int[Tensor, " negatives"]:
-    """Item ids, half from each domain (or the whole domain where it is smaller), none twice."""
-    nA, nB = num_items
-    drawn = [rng.choice(size, min(size, count // 2), replace=False, shuffle=False) for size in (nA, nB)]
-    return torch.from_numpy(np.concatenate([1 + drawn[0], 1 + nA + drawn[1]]))
-
-
-def draw_new_to_users(
-    rng: np.random.Generator, num_items: tuple[int, int], batch: Batch
-) -> tuple[Int[Tensor, " queries_a"], Int[Tensor, " queries_b"]]:
-    """One item id for each query of a training batch, of the query's domain, that is none of its user's items."""
-    nA, nB = num_items
-    key = 1 + nA + nB  # of a user and an item
-    bought = items_of_users(batch).cpu().numpy() + key * np.arange(batch.size)[:, None]
-    drawn = []
-    for first, size, query in zip((1, 1 + nA), num_items, batch.queries, strict=True):
-        who = query.sequence.cpu().numpy()
-        sampled = rng.integers(first, first + size, len(who))
-        for _ in range(REDRAWS):
-            again = np.flatnonzero(np.isin(who * key + sampled, bought))
-            if len(again) == 0:
-                break
-            sampled[again] = rng.integers(first, first + size, len(again))
-        drawn.append(torch.from_numpy(sampled))
-    return drawn[0], drawn[1]
-
-
-def shared_logits(
-    states: Float[Tensor, "queries dim"],
-    targets: Int[Tensor, " queries"],
-    target_vectors: Float[Tensor, "queries dim"],
-    negatives: Int[Tensor, "*groups negatives"],
-    negative_vectors: Float[Tensor, "*groups negatives dim"],
-    spared: Int[Tensor, "queries items"] | None = None,
-) -> tuple[Float[Tensor, " queries"], Float[Tensor, "queries negatives"]]:
-    """Scores of each query's target and of negatives shared by all queries, as one matrix product.
-
-    With groups, the queries are cut into as many parts of equal length, and each part has the negatives of its row. A
-    target drawn as a negative is no negative of its own query: its score there is minus infinity. So it is with the
-    items that `spared` lists for the query (0 is none). A row of negatives may name an item
-    once only.
-    """
-    positive = (states * target_vectors).sum(dim=1)
-    if not negatives.numel():
-        return positive, states.new_zeros(len(states), 0)
-    count = negatives.size(-1)
-    groups = negatives.numel() // count
-    size = -(-len(states) // groups)
-    spare = groups * size - len(states)
-    parted = F.pad(states, (0, 0, 0, spare)).view(groups, size, states.size(1)) if groups > 1 else states
-    # the softmax over a thousand negatives needs more digits than bf16 has
-    negative = (parted @ negative_vectors.transpose(-1, -2)).to(positive.dtype)
-    negative = negative.view(groups * size, count)[: len(states)]
-    ordered, place = negatives.view(groups, count).sort()
-    apart = targets.unsqueeze(1) if spared is None else torch.cat([targets.unsqueeze(1), spared], dim=1)
-    wanted = F.pad(apart, (0, 0, 0, spare)).view(groups, -1)
-    found = torch.searchsorted(ordered, wanted).clamp_(max=count - 1)
-    hit = (ordered.gather(1, found) == wanted).view(-1)[: apart.numel()].nonzero().squeeze(1)
-    column = place.gather(1, found).view(-1)[hit]
-    return positive, negative.index_put((hit // apart.size(1), column), negative.new_tensor(float("-inf")))
-
-
-def items_of_users(batch: Batch) -> Int[Tensor, "users items"]:
-    """Ids of the items in each user's training sequence as the batch has it, in either domain; 0 fills up a row."""
-    if len(batch.mixed.items):  # it holds all but the newest event, which is a target
-        held = [(batch.mixed.sequence, batch.mixed.items)]
-        held += [(query.sequence[query.last], query.targets[query.last]) for query in batch.queries]
-    else:  # without a common clock; an item may be listed twice
-        held = [(s.sequence, s.items) for s in batch.own] + [(q.sequence, q.targets) for q in batch.queries]
-    owner, items = (torch.cat(parts) for parts in zip(*held, strict=True))
-    owner, order = owner.sort(stable=True)
-    counts = owner.bincount(minlength=batch.size)
-    column = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-    rows = items.new_zeros(batch.size, int(counts.max()))
-    rows[owner, column] = items[order]
-    return rows
-
-
-def info_nce(
-    positive: Float[Tensor, " queries"],
-    negative: Float[Tensor, "queries negatives"],
-    weight: Float[Tensor, " queries"],
-) -> Float[Tensor, ""]:
-    """Weighted sum of `-log softmax` of the positive logit among itself and the negatives (van den Oord 2018)."""
-    normaliser = torch.logaddexp(positive, negative.logsumexp(dim=1))
-    return ((normaliser - positive) * weight).sum()
-
-
-def binary_cross_entropy(
-    positive: Float[Tensor, " queries"],
-    negative: Float[Tensor, "queries negatives"],
-    weight: Float[Tensor, " queries"],
-) -> Float[Tensor, ""]:
-    """Weighted sum of `-log sigmoid(positive)` and the mean `-log sigmoid(-negative)` (Kang & McAuley 2018, eq. 6).
-
-    Theirs has one negative a target; here there may be many, which are averaged.
-
-    A negative at minus infinity (a target drawn as its own negative, a spared item) counts nothing.
-    """
-    real: Bool[Tensor, "queries negatives"] = torch.isfinite(negative)
-    wrong = F.softplus(negative).sum(dim=1) / real.sum(dim=1).clamp(min=1)
-    return ((F.softplus(-positive) + wrong) * weight).sum()
-
-
-def soft_contrast(x: Float[Tensor, "users dim"], y: Float[Tensor, "users dim"]) -> Float[Tensor, ""]:
-    """Contrast of two views of the same users with soft targets, at temperature 1 (LLM4CDSR, arXiv 2504.18383).
-
-        S = X Y^T,  T = softmax((X X^T + Y Y^T) / 2)
-        mean over rows of  (T . -log softmax(S) + T^T . -log softmax(S^T)) / 2
-
-    What is alike within the views may stay alike across them. Zero for no users.
-
-    >>> soft_contrast(torch.zeros(4, 2), torch.ones(4, 2)).item() == torch.tensor(4.0).log().item()
-    True
-    """
-    if len(x) == 0:
-        return x.sum()
-    if x.dtype == torch.bfloat16 or y.dtype == torch.bfloat16:
-        x, y = x.float(), y.float()
-    with torch.autocast(x.device.type, enabled=False):
-        logits = x @ y.T
-        alike = ((x @ x.T + y @ y.T) / 2).softmax(dim=1)
-    of_x = -(alike * logits.log_softmax(dim=1)).sum(dim=1)
-    of_y = -(alike.T * logits.T.log_softmax(dim=1)).sum(dim=1)
-    return (of_x + of_y).mean() / 2
-
-
-def mean_per_user(sequence: Int[Tensor, " queries"], batch_size: int) -> Float[Tensor, " queries"]:
-    """Weights that average a user's queries first and the users of the batch afterwards.
-
-    >>> mean_per_user(torch.tensor([0, 0, 2]), 4)
-    tensor([0.1250, 0.1250, 0.2500])
-    """
-    counts = torch.bincount(sequence, minlength=batch_size)
-    return 1.0 / (counts[sequence] * batch_size)
-
-
-def next_item_losses(
-    states: tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]],
-    batch: Batch,
-    negatives: Int[Tensor, "*groups negatives"],
-    item: nn.Embedding,
-    *,
-    num_items_a: int,
-    objective: str,
-    temperature: float,
-    spared: tuple[Tensor | None, Tensor | None],
-) -> dict[str, Tensor]:
-    """Losses `"a"` and `"b"` of states against the negatives of their own domain, as `objective` says.
-
-    Binary cross-entropy (`"published"`) or InfoNCE, averaged over a user's targets first, then over users.
-    `spared` is what `Recommender.spared` returns.
-    """
-    losses = {}
-    for number, (state, queries, own) in enumerate(zip(states, batch.queries, spared, strict=True)):
-        # every group has as many of a domain as the next
-        mine = negatives[(negatives > num_items_a) == bool(number)].view(*negatives.shape[:-1], -1)
-        positive, negative = shared_logits(state, queries.targets, item(queries.targets), mine, item(mine), own)
-        weight = mean_per_user(queries.sequence, batch.size)
-        if objective == "infonce":
-            losses["ab"[number]] = info_nce(positive / temperature, negative / temperature, weight)
-        else:
-            losses["ab"[number]] = binary_cross_entropy(positive, negative, weight)
-    return losses

@@ -2,15 +2,17 @@
 
 No official code was found; this is built from the paper's description, and what it leaves open is decided here:
 
-    h_0   = sqrt(d) E[item] + P_s[position]                  one item table; positions, encoder, decoder a domain s
+    h_0   = sqrt(d) E[item] + P_s[recency]                   one item table; positions, encoder, decoder per domain s
     h_s   = TransformerEncoder_s(h_0)                        causal, two layers, as SASRec
-    r_u   = MLP([A representation ; B representation ; E[target]])          one triple a user
+    r_u   = MLP([A representation ; B representation ; E[target]])          one triple per user
     q     = N(mean(r), exp(logvar(r))),  r = mean of r_u     prior: support users; posterior: support and query users
     z     ~ posterior in training, mean of the prior in evaluation
     state = LayerNorm(h + CA(film(h), h_1 .. h)),  film(h) = h (1 + gamma(z)) + beta(z)     causal, the domain's rows
-    loss  = L_A + L_B + kl_weight KL(posterior || prior)     L: binary cross-entropy, or InfoNCE with `objective`
+    loss  = L_A + L_B + KL(posterior || prior)               L: binary cross-entropy, or InfoNCE with `objective`
 
-- **Support set.** `support` users, drawn once from those whose training history has both domains; users of one domain
+- **Neural process** (Garnelo et al. 2018, arXiv 1807.01622). A mean over observations, which no order changes, gives
+  the distribution of z; training holds the one given all observations against the one given a part of them.
+- **Support set.** `SUPPORT` users, drawn once from those whose training history has both domains; users of one domain
   can be query users (all users of a batch are), never support. A support user in the batch counts in the posterior
   twice. A training step encodes a random `STEP_SUPPORT` of them, evaluation all: the mean of a part is an unbiased
   guess of the mean of all, at a fraction of the cost.
@@ -31,49 +33,139 @@ encoders, GCA2 on the decoder's states. A domain without a row has none at any p
 **The future.** Given z no state depends on later events, in training and evaluation, and in evaluation z depends on
 the support's training histories only. In training, however, the posterior has read the query users' own triples, as in
 every neural process: z knows of each, within a mean over the batch, its newest rows and its last training event, which
-is the target of the newest state and the future of the earlier ones. One target a user is the least with which the
-posterior is a posterior; on a per-domain pair, where no event is the last, it is one a domain.
+is the target of the newest state and the future of the earlier ones. One target per user is the least with which the
+posterior is a posterior; on a per-domain pair, where no event is the last, it is one per domain.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, cast
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gcalib.attention import untapped
+from gcalib.attention import causal_mask, recording_paused
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch, Stream, make_batch
+from gcalib.data.batches import Batch, collate
 from gcalib.data.pair import Pair
-from gcalib.layers import Dropout, TransformerEncoder
-from gcalib.models.base import Recommender, next_item_losses, start_small
-from gcalib.models.crossing import Crossings, touched, untouched
-from gcalib.models.neural_process import Gaussian, InterestDecoder, LatentEncoder, Support
-from gcalib.packing import spread_rows, take_rows
+from gcalib.layers import Dropout, TransformerEncoder, attend, merge_heads, padded, real_rows, split_heads
+from gcalib.models.base import CrossDomainAttention, Recommender, States, start_small
 
 LAYERS = 2
-STEP_SUPPORT = 32  # support users that a training step encodes
+SUPPORT = 256  # users of the support set
+STEP_SUPPORT = 32  # of them, that a training step encodes
 
-Rows = tuple[Float[Tensor, "rows_a dim"], Float[Tensor, "rows_b dim"]]
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Users of the support set, by number, and their training histories."""
+
+    users: np.ndarray
+    histories: list[np.ndarray]
+    has_global_order: bool
+
+    @classmethod
+    def draw(cls, pair: Pair, seed: int) -> Support:
+        """`SUPPORT` users (all, if there are fewer) whose training history gives a triple with both domains.
+
+        Raises
+        ------
+        ValueError
+            If no user has both domains in training.
+        """
+        training = pair.split("val")
+        histories = [training.history(user) for user in range(pair.num_users)]
+        able = np.flatnonzero([_has_triple(pair, history) for history in histories])
+        if not len(able):
+            raise ValueError(
+                f"{pair.name} has no user with both domains in training, so there is no support set: cdsrnp needs one, "
+                "or latent=0."
+            )
+        drawn = np.sort(np.random.default_rng([seed, 2]).choice(able, min(SUPPORT, len(able)), replace=False))
+        return cls(drawn, [histories[user] for user in drawn], pair.has_global_order)
+
+
+def _has_triple(pair: Pair, history: np.ndarray) -> bool:
+    """Whether both domains have a row, and a target follows: the last event is one, or the last of each domain."""
+    counts = np.bincount(pair.domain_of(history[:-1] if pair.has_global_order else history), minlength=2)
+    return bool(counts.min() > 0 and (pair.has_global_order or counts.max() > 1))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal normal distribution of the latent."""
+
+    mean: Float[Tensor, " latent"]
+    log_variance: Float[Tensor, " latent"]
+
+    def sample(self) -> Float[Tensor, " latent"]:
+        """`mean + sd * noise` (Kingma & Welling 2014), differentiable."""
+        return self.mean + (0.5 * self.log_variance).exp() * torch.randn_like(self.mean)
+
+    def kl(self, other: Gaussian) -> Float[Tensor, ""]:
+        """KL(self || other), summed over dimensions: `(log v' - log v + (v + (m - m')^2) / v' - 1) / 2`."""
+        ratio = self.log_variance - other.log_variance
+        gap = (self.mean - other.mean) ** 2 / other.log_variance.exp()
+        # expm1 keeps the digits of two nearly equal distributions, which is what they become
+        return 0.5 * (torch.expm1(ratio) - ratio + gap).sum()
+
+
+class LatentEncoder(nn.Module):
+    """Triples to a Gaussian: an MLP for each, their mean, which no order of users changes, and two linear heads."""
+
+    def __init__(self, dim: int, latent: int) -> None:
+        super().__init__()
+        self.triple = nn.Sequential(nn.Linear(3 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.mean = nn.Linear(dim, latent)
+        self.log_variance = nn.Linear(dim, latent)
+
+    def forward(self, *triples: Float[Tensor, "triples three_dim"]) -> Gaussian:
+        embedded = self.triple(torch.cat(triples))
+        with torch.autocast(embedded.device.type, enabled=False):  # a KL of nearly equal means needs more than bf16
+            r = embedded.to(self.mean.weight.dtype).mean(dim=0)
+            return Gaussian(self.mean(r), self.log_variance(r))
+
+
+class InterestDecoder(nn.Module):
+    """`LayerNorm(h + CA(film(h), h_1 .. h))`: each row attends to itself and the rows before it, as z directs."""
+
+    def __init__(self, dim: int, heads: int, latent: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.film = nn.Linear(latent, 2 * dim) if latent else None
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.dropout = Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, h: Float[Tensor, "B L dim"], real: Bool[Tensor, "B L"], z: Float[Tensor, " latent"] | None
+    ) -> Float[Tensor, "B L dim"]:
+        rows = asked = real_rows(h, real)
+        if self.film is not None:
+            gamma, beta = self.film(z).chunk(2)
+            asked = rows * (1 + gamma) + beta
+        qkv = padded(torch.cat([self.query(asked), self.key_value(rows)], dim=1), real)
+        q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
+        interest = self.out(real_rows(merge_heads(attend(q, k, v, causal_mask(real))), real))
+        state: Tensor = self.norm(padded(rows + self.dropout(interest), real))
+        return state
 
 
 class CDSRNP(Recommender):
-    """See the module's docstring; every width and rate comes from `RunConfig`.
-
-    Parameters
-    ----------
-    support
-        Needed unless `config.latent` is 0.
-    """
+    """See the module's docstring; every width and rate comes from `RunConfig`. With a latent it needs a support."""
 
     points: ClassVar = {
         0: "early, right after the embeddings",
         1: "mid, after the sequence encoders",
         2: "late, on the decoder's states",
     }
-    needs_clock: ClassVar = False
+    needs_global_order: ClassVar = False
 
     @classmethod
     def build(cls, config: RunConfig, pair: Pair) -> Self:
@@ -84,31 +176,20 @@ class CDSRNP(Recommender):
         ValueError
             For a stack on a per-domain pair, or if no user can be support.
         """
-        if not pair.has_clock and len(config.gca) > 1:
+        if not pair.has_global_order and len(config.gca) > 1:
             raise ValueError(
-                f"gca={config.gca} cannot be stacked on {pair.name}, a per-domain pair: without a common clock, rows "
-                "that one cross-attention has touched hold the future of the other domain, which the next would read "
+                f"gca={config.gca} cannot be stacked on {pair.name}, a per-domain pair: without a global order, rows "
+                "that one cross-attention has updated hold the future of the other domain, which the next would read "
                 "back; give a single insertion point."
             )
-        support = None if config.latent == 0 else Support.draw(pair, config.support, config.seed)
-        return cls(config, pair.num_items, support)
+        return cls(config, pair.num_items, None if config.latent == 0 else Support.draw(pair, config.seed))
 
     def __init__(self, config: RunConfig, num_items: tuple[int, int], support: Support | None = None) -> None:
-        super().__init__()
+        super().__init__(config, num_items)
         d = config.dim
         latent = d if config.latent is None else config.latent
-        self.num_items = num_items
-        self.window = config.max_length - 3
-        self.num_negatives = config.negatives
-        self.negative_groups = config.negative_groups
-        self.own_negatives = config.own_negatives
-        self.temperature = config.temperature
-        self.objective = config.objective
-        self.kl_weight = config.kl_weight
-        self._widths = {"hidden": config.hidden or d, "layers": config.layers or LAYERS}
-        self.gca_points = config.gca
         # a user's newest row of each domain, whether or not it predicts: for cross-attention and for the triples
-        self.reads_tails = bool(config.gca) or latent > 0
+        self.keep_last_item = bool(config.gca) or latent > 0
         self.support = support
         self._z: Tensor | None = None  # the prior's mean, while in evaluation mode
 
@@ -116,10 +197,7 @@ class CDSRNP(Recommender):
         self.position = nn.ModuleList(nn.Embedding(1 + self.window, d, padding_idx=0) for _ in "ab")
         self.dropout = Dropout(config.dropout)
         self.encoder = nn.ModuleList(
-            TransformerEncoder(
-                d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden, config.attention_dropout
-            )
-            for _ in "ab"
+            TransformerEncoder(d, LAYERS, config.self_heads, config.dropout, config.hidden) for _ in "ab"
         )
         self.decoder = nn.ModuleList(InterestDecoder(d, config.self_heads, latent, config.dropout) for _ in "ab")
         self.latent = LatentEncoder(d, latent) if latent else None
@@ -127,124 +205,100 @@ class CDSRNP(Recommender):
         for module in self.modules():
             if isinstance(module, InterestDecoder) and module.film is not None:
                 nn.init.zeros_(module.film.weight)  # z says nothing at first, when it is mostly noise
-        # made last, so that a seed gives the baseline the same start with and without them
-        self.gca = Crossings(config, d)
+        # made last, so that a seed gives the plain model the same initial weights with and without them
+        self.gca = CrossDomainAttention(config)
 
-    def forward(self, batch: Batch, z: Float[Tensor, " latent"] | None = None) -> Rows:
+    def forward(self, batch: Batch, z: Float[Tensor, " latent"] | None = None) -> States:
         """States that predict; `z` instead of the sample or the prior's mean, if given."""
-        rows = self.encode(batch)
+        h = self.encode(batch)
         if z is None and self.latent is not None:
-            z = self.distributions(batch, rows)[1].sample() if self.training else self.prior_mean()
-        return self.answer(batch, self.decode(batch, rows, z))
+            z = self.distributions(batch, h)[1].sample() if self.training else self.prior_mean()
+        a, b = self.decode(batch, h, z)
+        return (a, b) if self.training else (batch.a.newest(a), batch.b.newest(b))
 
-    def encode(self, batch: Batch) -> Rows:
-        """Rows of the two domains after the sequence encoders."""
-        sizes = [len(s.items) for s in batch.own]
-        # one lookup for both domains: each costs a gradient as large as the table
-        items = self.item(torch.cat([s.items for s in batch.own])) * self.item.embedding_dim**0.5
+    def encode(self, batch: Batch) -> States:
+        """Rows of the two domains after the sequence encoders, zero at pads."""
         a, b = (
-            self.dropout(item + position(s.position))
-            for item, s, position in zip(items.split(sizes), batch.own, self.position, strict=True)
+            self.dropout(h * self.config.dim**0.5 + position(s.recency))
+            for h, s, position in zip(self.embedded(*batch.domains), batch.domains, self.position, strict=True)
         )
-        if 0 in self.gca_points:
-            a, b = self.gca.cross(0, a, b, *(untouched(s) for s in batch.own))
-        a, b = (encoder(h, s.layout) for encoder, h, s in zip(self.encoder, (a, b), batch.own, strict=True))
-        if 1 in self.gca_points:
-            a, b = self._cross(1, a, b, batch)
-        return a, b
+        a, b = self.gca(0, (a, b), batch)
+        a, b = (
+            encoder(h, s.mask, causal_mask(s.mask))
+            for encoder, h, s in zip(self.encoder, (a, b), batch.domains, strict=True)
+        )
+        return self.gca(1, (a, b), batch)
 
-    def distributions(self, batch: Batch, rows: Rows) -> tuple[Gaussian, Gaussian]:
+    def distributions(self, batch: Batch, h: States) -> tuple[Gaussian, Gaussian]:
         """Prior, given a random part of the support, and posterior, given that and the batch's users."""
         assert self.latent is not None and self.support is not None
-        known = self._support_triples(torch.randperm(len(self.support.users))[:STEP_SUPPORT].tolist())
-        return self.latent(known), self.latent(known, self._triples(batch, rows))
+        known = self.support_triples(torch.randperm(len(self.support.users))[:STEP_SUPPORT].tolist())
+        return self.latent(known), self.latent(known, self.triples(batch, h))
 
     @torch.no_grad()
     def prior_mean(self) -> Float[Tensor, " latent"]:
         """The z of evaluation, given all of the support; kept until mode, type, device or loaded weights change."""
         if self._z is None:
             assert self.latent is not None and self.support is not None
-            self._z = self.latent(self._support_triples(list(range(len(self.support.users))))).mean
+            self._z = self.latent(self.support_triples(list(range(len(self.support.users))))).mean
         return self._z
 
     def train(self, mode: bool = True) -> Self:
-        """Change mode; what evaluation keeps is forgotten, whichever the new mode."""
         self._z = None
         return super().train(mode)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As in torch; what evaluation keeps is forgotten."""
         self._z = None
         return super().load_state_dict(*args, **options)
 
     def _apply(self, *args: Any, **options: Any) -> Self:
-        """What `.to`, `.double` and the like go through; what evaluation keeps is forgotten."""
-        self._z = None
+        self._z = None  # what `.to`, `.double` and the like go through
         return super()._apply(*args, **options)
 
-    def decode(self, batch: Batch, rows: Rows, z: Float[Tensor, " latent"] | None) -> Rows:
+    def decode(self, batch: Batch, h: States, z: Float[Tensor, " latent"] | None) -> States:
         """The state of every row of the two domains, given z."""
-        a, b = (decode(h, s.layout, z) for decode, h, s in zip(self.decoder, rows, batch.own, strict=True))
-        return self._cross(2, a, b, batch) if 2 in self.gca_points else (a, b)
-
-    def answer(self, batch: Batch, states: Rows) -> Rows:
-        """The states that the batch asks for: in training behind every target, in evaluation the newest."""
-        answers = []
-        for h, decoder, queries in zip(states, self.decoder, batch.queries, strict=True):
-            asked = queries if self.training else queries.newest()
-            has = asked.own_row >= 0
-            missing = torch.where(has.unsqueeze(1), 0.0, cast(InterestDecoder, decoder).norm.bias)
-            answers.append(spread_rows(take_rows(h, asked.own_row[has]), has.nonzero().squeeze(1), len(has)) + missing)
-        return answers[0], answers[1]
+        a, b = (decode(x, s.mask, z) for decode, x, s in zip(self.decoder, h, batch.domains, strict=True))
+        return self.gca(2, (a, b), batch)
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
-        """Loss of each domain (averaged over a user's targets, then over users), and `"kl"` unless latent is 0."""
-        rows = self.encode(batch)
+        """Loss of each domain, and `"kl"` unless latent is 0."""
+        h = self.encode(batch)
         z, losses = None, {}
         if self.latent is not None:
-            prior, posterior = self.distributions(batch, rows)
-            z, losses["kl"] = posterior.sample(), self.kl_weight * posterior.kl(prior)
-        return losses | next_item_losses(
-            self.answer(batch, self.decode(batch, rows, z)), batch, negatives, self.item,
-            num_items_a=self.num_items[0], objective=self.objective, temperature=self.temperature,
-            spared=self.spared(batch),
-        )  # fmt: skip
-
-    @property
-    def widths(self) -> dict[str, int]:
-        return self._widths
+            prior, posterior = self.distributions(batch, h)
+            z, losses["kl"] = posterior.sample(), posterior.kl(prior)
+        return losses | self.next_item_losses(self.decode(batch, h, z), batch, negatives)
 
     def facts(self) -> dict[str, Any]:
-        """Size of the support set and a hash of its users."""
+        """Size of the support set and a hash of its users' numbers."""
         if self.support is None:
             return {}
-        return {"support_users": len(self.support.users), "support_sha256": self.support.sha256}
-
-    def _cross(self, point: int, a: Tensor, b: Tensor, batch: Batch) -> Rows:
-        clocks = untouched if point == min(self.gca_points) else touched
-        return self.gca.cross(point, a, b, *(clocks(s) for s in batch.own))
+        digest = hashlib.sha256(self.support.users.astype("<i8").tobytes()).hexdigest()
+        return {"support_users": len(self.support.users), "support_sha256": digest}
 
     @torch.no_grad()
-    def _support_triples(self, places: list[int]) -> Float[Tensor, "triples three_dim"]:
+    def support_triples(self, places: list[int]) -> Float[Tensor, "triples three_dim"]:
+        """The triples of some users of the support set."""
         assert self.support is not None
-        batch = make_batch(
+        batch = collate(
             [self.support.histories[place] for place in places], self.num_items[0], window=self.window, training=True,
-            tails=True, clock=self.support.has_clock,
+            keep_last_item=True, global_order=self.support.has_global_order,
         ).to(self.item.weight.device)  # fmt: skip
-        with untapped(self):
-            return self._triples(batch, self.encode(batch))
+        with recording_paused(self):
+            return self.triples(batch, self.encode(batch))
 
     @torch.no_grad()
-    def _triples(self, batch: Batch, rows: Rows) -> Float[Tensor, "triples three_dim"]:
-        """`[A representation ; B representation ; E[target]]` behind each newest target of a training batch."""
-        a, b = (_newest(h, stream, batch.size) for h, stream in zip(rows, batch.own, strict=True))
-        users = torch.cat([queries.sequence[queries.last] for queries in batch.queries])
-        targets = torch.cat([queries.targets[queries.last] for queries in batch.queries])
-        return torch.cat([a[users], b[users], self.item(targets)], dim=1)
-
-
-def _newest(rows: Float[Tensor, "rows dim"], stream: Stream, size: int) -> Float[Tensor, "size dim"]:
-    """Each user's last row, zero where there is none."""
-    counts = torch.bincount(stream.sequence, minlength=size)
-    has = counts.nonzero().squeeze(1)
-    return spread_rows(take_rows(rows, counts.cumsum(0)[has] - 1), has, size)
+    def triples(self, batch: Batch, h: States) -> Float[Tensor, "triples three_dim"]:
+        """`[A representation ; B representation ; E[target]]` of each user's (per-domain: each domain's) last event."""
+        a, b = (stream.newest(x)[:, 0] * stream.newest_mask for stream, x in zip(batch.domains, h, strict=True))
+        inputs = batch.mixed.mask.sum(dim=1)
+        users, targets = [], []
+        for stream in batch.domains:
+            columns = torch.arange(stream.items.size(1), device=inputs.device)
+            last = (columns * stream.predicts).amax(dim=1)
+            rows = torch.arange(batch.size, device=inputs.device)
+            asked = stream.predicts[rows, last] & ((stream.query_position[rows, last] == inputs - 1) | (inputs == 0))
+            users.append(asked.nonzero().squeeze(1))
+            targets.append(stream.targets[rows, last][asked])
+        who = torch.cat(users)
+        return torch.cat([a[who], b[who], self.item(torch.cat(targets))], dim=1)

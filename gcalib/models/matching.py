@@ -1,19 +1,9 @@
-"""The twin of a model with cross-attention: the plain baseline, widened until it is as large (claim C4).
+"""Building models, counting their parameters and operations, and the parameter-matched baseline (claim C4).
 
-`RunConfig(gca=(0,), match="params")` is that twin: everything but `match` names the model with cross-attention, and
-`matched` finds the plain config of the same size. Size is the number of trainable parameters outside the embedding
-tables (`params_network` of a record), since cross-attention adds none to the tables, or the operations of a training
-step (`match="flops"`). The tables of a wider model are larger too; a record holds all counts, so what the twin gains
-there is in sight.
-
-Axes:
-
-    width     d of embeddings and states. A step of d changes the size by several percent, so the feed-forward's
-              inner width takes up the rest.
-    hidden    inner width of the feed-forward layers
-    layers    self-attention layers: coarse, seldom within a percent
-    rank      ABXI's LoRA ranks, both by the same number
-    adapter   inner width of LLM4CDSR's text adapter
+`RunConfig(gca=(0,), match="params")` is the plain model widened to as many parameters, embeddings included, as the one
+with cross-attention, which is how the paper matches; `match="network"` to as many outside the item tables, to which
+cross-attention adds nothing. The width d grows as far as it can without passing the target; the inner width of the
+feed-forward layers takes up the rest, since a step of d changes the size by several percent.
 """
 
 from __future__ import annotations
@@ -22,21 +12,110 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from gcalib.config import READ_BY, RunConfig
+from gcalib.config import RunConfig
 from gcalib.data.pair import Pair
-from gcalib.models.build import build_plain
-from gcalib.models.cost import flops_per_step, parameter_counts
+from gcalib.models.abxi import ABXI
+from gcalib.models.base import Recommender
+from gcalib.models.baselines import CountingBaseline
+from gcalib.models.cdsrnp import CDSRNP
+from gcalib.models.llm4cdsr import LLM4CDSR
+from gcalib.models.sasrec import MixedSASRec, SASRec
 
-TOLERANCE = 0.01
-LARGEST = 1 << 12  # steps along an axis
-
-AXES = {
-    "abxi": ("width", "hidden", "rank"),
-    "cdsrnp": ("width", "hidden", "layers"),
-    "llm4cdsr": ("width", "hidden", "layers", "adapter"),
+MODELS: dict[str, type[Recommender]] = {
+    "abxi": ABXI,
+    "cdsrnp": CDSRNP,
+    "llm4cdsr": LLM4CDSR,
+    "sasrec": SASRec,
+    "sasrec-mixed": MixedSASRec,
+    "popularity": CountingBaseline,
+    "markov": CountingBaseline,
+    "item-knn": CountingBaseline,
 }
+TOLERANCE = 0.01
+MAX_STEPS = 1 << 12  # of width, in a search
+SIZE = {"params": "params_total", "network": "params_network"}
+# torch's counter knows the attention of GPUs only
+CPU_ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def build_model(config: RunConfig, pair: Pair) -> Recommender:
+    """The model of `config` for `pair`, freshly initialised from torch's global random generator.
+
+    With `config.match`, the parameter-matched baseline.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such insertion point, needs the order of events across the domains and the pair has none,
+        or cannot be matched.
+    """
+    if config.match:
+        config = matched(config, pair).config
+    kind = MODELS[config.model]
+    if missing := [point for point in config.gca if point not in kind.points]:
+        has = "; ".join(f"{point} ({where})" for point, where in kind.points.items()) or "none"
+        raise ValueError(f"{config.model} has no insertion point {missing[0]}: it has {has}.")
+    if kind.needs_global_order:
+        pair.require_global_order(config.model)
+    return kind.build(config, pair)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Parameters by kind.
+
+    Returns
+    -------
+    dict
+        `params_total`; `params_trainable`; `params_embedding`, those of the embedding tables; `params_network`, the
+        trainable ones outside the tables.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    sizes = [(p.numel(), p.requires_grad, id(p) in tables) for p in model.parameters()]
+    return {
+        "params_total": sum(size for size, _, _ in sizes),
+        "params_trainable": sum(size for size, trained, _ in sizes if trained),
+        "params_embedding": sum(size for size, _, table in sizes if table),
+        "params_network": sum(size for size, trained, table in sizes if trained and not table),
+    }
+
+
+def sizes(config: RunConfig, pair: Pair) -> dict[str, int]:
+    """`parameter_counts` of a config; nothing is allocated for them."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return parameter_counts(build_model(config, pair))
+
+
+def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 0) -> int:
+    """Floating-point operations of the matrix products and attention of one training step, forward and backward.
+
+    Counted by torch on one batch of users spread evenly over all lengths, on the device that holds the model. The
+    model's gradients are cleared.
+    """
+    device = next(model.parameters()).device
+    training = pair.split("val")
+    size = min(batch_size, pair.num_users)
+    users = np.argsort(training.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
+    batch = model.collate([training.history(user) for user in users], pair, training=True, users=users)
+    negatives = model.negatives(batch, np.random.default_rng(seed)).to(device)
+    was_training = model.training
+    model.train()
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), counter:
+        torch.manual_seed(seed)  # a model may draw which users it reads, and the count should not depend on the process
+        torch.stack(list(model.loss(batch.to(device), negatives).values())).sum().backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return int(counter.get_total_flops())
 
 
 @dataclass(frozen=True)
@@ -53,82 +132,55 @@ class Match:
         return abs(self.size - self.target) / self.target
 
     def facts(self) -> dict[str, int]:
-        """What a record says of the match: both sizes, and the widths of the plain config that its model reads."""
-        model = self.config.model
-        fields = ("dim", "hidden", "layers", "domain_rank", "invariant_rank", "adapter")
-        read = {name: getattr(self.config, name) for name in fields if model in READ_BY.get(name, (model,))}
+        """What a record says of the match."""
         return {
             "match_size": self.size, "match_target": self.target,
-            **{f"match_{name}": width for name, width in read.items() if width},
+            "match_dim": self.config.dim, "match_hidden": self.config.hidden or 0,
         }  # fmt: skip
 
 
 def matched(config: RunConfig, pair: Pair) -> Match:
-    """The plain twin of a config with `match`.
+    """The parameter-matched baseline of a config with `match`.
 
     Raises
     ------
     ValueError
-        If the model takes no cross-attention, or has no such axis (the message names those it has), or no value along
-        it comes within 1%.
+        If the model takes no cross-attention, or no width comes within 1% of the size.
     """
-    axes = AXES.get(config.model)
-    if axes is None:
-        raise ValueError(f"{config.model} cannot be matched: it takes no cross-attention; {', '.join(AXES)} do.")
-    if config.match_axis not in axes:
-        raise ValueError(f"{config.model} cannot be matched along {config.match_axis}; its axes are {', '.join(axes)}.")
-    twin = config.but(match=None, match_axis="width")
-    plain = twin.but(gca=())
+    assert config.match is not None
+    if not MODELS[config.model].points:
+        able = ", ".join(name for name, kind in MODELS.items() if kind.points)
+        raise ValueError(f"{config.model} cannot be matched: it takes no cross-attention; {able} do.")
 
     def size(candidate: RunConfig) -> int:
-        return _flops(candidate, pair) if config.match == "flops" else sizes(candidate, pair)["params_network"]
+        return sizes(candidate, pair)[SIZE[str(config.match)]]
 
-    target = size(twin)
-    best = _search(plain, config.match_axis, size, target, pair)
-    if config.match_axis == "width":
-        # the widest that is not too large, then a wider feed-forward
-        wide = best.config if best.size <= target else best.config.but(dim=best.config.dim - best.config.self_heads)
-        best = min(best, _search(wide, "hidden", size, target, pair), key=lambda match: match.error)
+    with_attention = config.replace(match=None)
+    plain, target = with_attention.replace(gca=()), size(with_attention)
+    step = plain.self_heads
+    wider = _nearest(lambda n: plain.replace(dim=plain.dim + n * step), size, target)
+    wide = wider.config if wider.size <= target else plain.replace(dim=wider.config.dim - step)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        inner = build_model(wide, pair).hidden
+    fuller = _nearest(lambda n: wide.replace(hidden=inner + n) if n else wide, size, target)
+    best = min(wider, fuller, key=lambda match: match.error)
     if best.error > TOLERANCE:
-        others = [axis for axis in axes if axis != config.match_axis]
         raise ValueError(
-            f"{config.model} cannot be matched along {config.match_axis}: the nearest size is {best.size:,}, "
-            f"{best.error:.1%} off the {target:,} of gca={config.gca}; try {' or '.join(others)}."
+            f"{config.model} cannot be matched: the nearest size is {best.size:,}, {best.error:.1%} off the "
+            f"{target:,} of gca={config.gca}."
         )
     return best
 
 
-def sizes(config: RunConfig, pair: Pair) -> dict[str, int]:
-    """`gcalib.models.cost.parameter_counts` of a config without `match`; nothing is allocated for them."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return parameter_counts(build_plain(config, pair))
-
-
-def _flops(config: RunConfig, pair: Pair) -> int:
-    with torch.random.fork_rng(devices=[]):
-        return flops_per_step(build_plain(config, pair), pair, config.batch_size)
-
-
-def _search(start: RunConfig, axis: str, size: Callable[[RunConfig], int], target: int, pair: Pair) -> Match:
-    """Bisection along an axis, on which size grows: the nearest of the two values that enclose the target."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        now = build_plain(start, pair).widths
-
-    def change(step: int) -> RunConfig:
-        if step == 0:
-            return start
-        if axis == "width":
-            return start.but(dim=start.dim + step * start.self_heads)
-        if axis == "rank":
-            return start.but(domain_rank=start.domain_rank + step, invariant_rank=start.invariant_rank + step)
-        return start.but(**{axis: now[axis] + step})
+def _nearest(change: Callable[[int], RunConfig], size: Callable[[RunConfig], int], target: int) -> Match:
+    """Bisection over steps of a width, with which size grows: the nearer of the two that enclose the target."""
 
     @functools.cache
     def at(step: int) -> int:
         return size(change(step))
 
     low, high = 0, 1
-    while at(high) < target and high < LARGEST:
+    while at(high) < target and high < MAX_STEPS:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

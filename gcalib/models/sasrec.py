@@ -1,17 +1,16 @@
-"""SASRec (Kang & McAuley, ICDM 2018, arXiv 1808.09781): the yardstick that every sequential recommender is held to.
+"""SASRec (Kang & McAuley, ICDM 2018, arXiv 1808.09781): the baseline that every sequential recommender is held to.
 
-Two forms, neither with a place for cross-attention:
+Two forms, neither with an insertion point for cross-attention:
 
     SASRec          single-domain: an encoder a domain that sees the user's items of that domain only
     MixedSASRec     one encoder over the mixed sequence of both domains
 
-    h_0 = sqrt(d) E[item] + P[position]          dropout; positions count back from the newest event
+    h_0 = sqrt(d) E[item] + P[recency]           dropout; positions count back from the newest event
     h   = TransformerEncoder(h_0)                causal self-attention and feed-forward, two layers
     score(item) = h . E[item]
 
-The published loss is binary cross-entropy against one sampled negative; `objective="infonce"` puts ABXI's loss in its
-place, which makes the two comparable. Negatives are shared by a batch in both; the cross-entropy
-averages over them.
+The published loss is binary cross-entropy against one sampled negative; here negatives are shared by a batch, and the
+cross-entropy averages over them. `objective="infonce"` puts ABXI's loss in its place.
 """
 
 from __future__ import annotations
@@ -21,78 +20,55 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gcalib.attention import causal_mask
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch, Stream
+from gcalib.data.batches import Batch, Stream, rows_at
 from gcalib.layers import Dropout, TransformerEncoder
-from gcalib.models.base import Recommender, next_item_losses, start_small
-from gcalib.packing import spread_rows, take_rows
+from gcalib.models.base import Recommender, States, start_small
 
 LAYERS = 2
 
 
-class _SASRec(Recommender):
-    """What the two forms share: embeddings, scores, losses."""
+class SASRec(Recommender):
+    """Single-domain SASRec, one for each domain: what is known without the other domain."""
 
-    def __init__(self, config: RunConfig, num_items: tuple[int, int], encoders: int) -> None:
-        super().__init__()
+    needs_global_order: ClassVar = False
+    encoders = 2
+
+    def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
+        super().__init__(config, num_items)
         d = config.dim
-        self.num_items = num_items
-        self.window = config.max_length - 3
-        self.num_negatives = config.negatives
-        self.negative_groups = config.negative_groups
-        self.own_negatives = config.own_negatives
-        self.temperature = config.temperature
-        self.objective = config.objective
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
-        self.position = nn.ModuleList(nn.Embedding(1 + self.window, d, padding_idx=0) for _ in range(encoders))
+        self.position = nn.ModuleList(
+            nn.Embedding(1 + self.window, d, padding_idx=0) for _ in range(self.encoders)
+        )
         self.encoder = nn.ModuleList(
-            TransformerEncoder(
-                d, config.layers or LAYERS, config.self_heads, config.dropout, config.hidden, config.attention_dropout
-            )
-            for _ in range(encoders)
+            TransformerEncoder(d, LAYERS, config.self_heads, config.dropout, config.hidden)
+            for _ in range(self.encoders)
         )
         self.dropout = Dropout(config.dropout)
         self.apply(start_small)
 
-    def encode(self, stream: Stream, number: int) -> Float[Tensor, "rows dim"]:
-        """States of a stream's rows."""
-        h = self.item(stream.items) * self.item.embedding_dim**0.5 + self.position[number](stream.position)
-        encoded: Tensor = self.encoder[number](self.dropout(h), stream.layout)
+    def encode(self, stream: Stream, number: int) -> Float[Tensor, "B L dim"]:
+        """States of a stream's rows; zero, so that all items score alike, before the first item."""
+        h = self.item(stream.items) * self.config.dim**0.5 + self.position[number](stream.recency)
+        encoded: Tensor = self.encoder[number](self.dropout(h), stream.mask, causal_mask(stream.mask))
         return encoded
 
-    def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
-        return next_item_losses(
-            self(batch), batch, negatives, self.item, num_items_a=self.num_items[0], objective=self.objective,
-            temperature=self.temperature, spared=self.spared(batch),
-        )  # fmt: skip
+    def forward(self, batch: Batch) -> States:
+        a, b = (self.encode(stream, number) for number, stream in enumerate(batch.domains))
+        return (a, b) if self.training else (batch.a.newest(a), batch.b.newest(b))
 
 
-class SASRec(_SASRec):
-    """Single-domain SASRec, one for each domain: what is known without the other domain."""
-
-    needs_clock: ClassVar = False
-
-    def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
-        super().__init__(config, num_items, encoders=2)
-
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
-        states = []
-        for number, (stream, queries) in enumerate(zip(batch.own, batch.queries, strict=True)):
-            asked = queries if self.training else queries.newest()
-            has = asked.own_row >= 0
-            rows = take_rows(self.encode(stream, number), asked.own_row[has])
-            # before the user's first item of the domain nothing is known: all items score zero
-            states.append(spread_rows(rows, has.nonzero().squeeze(1), len(has)))
-        return states[0], states[1]
-
-
-class MixedSASRec(_SASRec):
+class MixedSASRec(SASRec):
     """SASRec over the mixed sequence: what a model gains from the other domain without being told of domains."""
 
-    def __init__(self, config: RunConfig, num_items: tuple[int, int]) -> None:
-        super().__init__(config, num_items, encoders=1)
+    needs_global_order: ClassVar = True
+    encoders = 1
 
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, "queries_a dim"], Float[Tensor, "queries_b dim"]]:
+    def forward(self, batch: Batch) -> States:
         h = self.encode(batch.mixed, 0)
-        asked = [queries if self.training else queries.newest() for queries in batch.queries]
-        return take_rows(h, asked[0].mixed_row), take_rows(h, asked[1].mixed_row)
+        if not self.training:
+            return batch.mixed.newest(h), batch.mixed.newest(h)
+        a, b = (rows_at(h, stream.query_position.clamp(min=0)) for stream in batch.domains)
+        return a, b

@@ -1,0 +1,261 @@
+"""What must hold of every trainable model at every insertion point and stack, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gcalib.attention import record_activations
+from gcalib.config import RunConfig
+from gcalib.data.batches import Batch, Stream
+from gcalib.data.pair import Pair
+from gcalib.data.synthetic import synthetic_pair
+from gcalib.layers import TransformerEncoder
+from gcalib.models.base import Recommender, States
+from gcalib.models.cdsrnp import CDSRNP, InterestDecoder
+from gcalib.models.matching import build_model
+
+STACKS = [points for size in range(4) for points in combinations((0, 1, 2), size)]
+CASES = [(name, gca) for name in ("abxi", "llm4cdsr", "cdsrnp") for gca in STACKS]
+CASES += [("sasrec", ()), ("sasrec-mixed", ())]
+PER_DOMAIN_CASES = [("cdsrnp", gca) for gca in STACKS if len(gca) < 2] + [("sasrec", ())]
+ENCODED = {"abxi": "xab", "llm4cdsr": "xab", "cdsrnp": "abab", "sasrec": "ab", "sasrec-mixed": "x"}  # in this order
+
+PAIR = synthetic_pair(num_users=60, num_items=(60, 70), seed=4)
+NUM_A, NUM_ITEMS = 60, 130
+Z = torch.linspace(-1, 1, 16, dtype=torch.float64)  # CDSRNP's latent: what holds of states holds given z
+
+each_case = pytest.mark.parametrize(("name", "gca"), CASES)
+each_case_per_domain = pytest.mark.parametrize(("name", "gca"), PER_DOMAIN_CASES)
+
+
+def without_order(pair: Pair) -> Pair:
+    """The same events, of each user all of A and then all of B."""
+    order = np.lexsort((pair.domain_of(pair.items), pair.owner))
+    return replace(pair, items=pair.items[order], times=np.full(len(order), -1), has_global_order=False)
+
+
+PER_DOMAIN = without_order(PAIR)
+
+
+def config_of(name: str, gca: tuple[int, ...]) -> RunConfig:
+    text = {"text": "random"} if name == "llm4cdsr" else {}
+    return RunConfig(pair="tiny", model=name, gca=gca, dim=16, heads=2, dropout=0.0, max_length=20, **text)
+
+
+def model_of(name: str, gca: tuple[int, ...], pair: Pair = PAIR) -> Recommender:
+    torch.manual_seed(3)
+    model = build_model(config_of(name, gca), pair).double()
+    with torch.no_grad():  # what starts at zero, such as biases, LoRA and pads, would hide a leak
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def batch_of(model: Recommender, sequences: list[np.ndarray], training: bool, pair: Pair = PAIR) -> Batch:
+    model.train(training)
+    return model.collate(sequences, pair, training=training, users=np.arange(len(sequences)))
+
+
+def states_of(model: Recommender, batch: Batch) -> States:
+    with torch.no_grad():
+        return model(batch, Z) if isinstance(model, CDSRNP) else model(batch)
+
+
+def predictions(
+    model: Recommender, sequences: list[np.ndarray], pair: Pair = PAIR
+) -> dict[tuple[int, int, int], Tensor]:
+    """Training states that predict, by user, domain and `query_position`."""
+    batch = batch_of(model, sequences, True, pair)
+    return {
+        (user, domain, int(stream.query_position[user, row])): h[user, row]
+        for domain, (h, stream) in enumerate(zip(states_of(model, batch), batch.domains, strict=True))
+        for user, row in stream.predicts.nonzero().tolist()
+    }
+
+
+def near(first: Tensor, second: Tensor, atol: float = 1e-10) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=atol)
+
+
+def history(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.permutation(np.arange(1, 1 + NUM_ITEMS))[:length]
+
+
+def changed_from(rng: np.random.Generator, sequence: np.ndarray, t: int) -> np.ndarray:
+    """Other items from event t on; event t stays in its domain, so that the same rows predict it."""
+    free = rng.permutation(np.setdiff1d(np.arange(1, 1 + NUM_ITEMS), sequence))
+    at_t = free[(free > NUM_A) == (sequence[t] > NUM_A)][0]
+    return np.concatenate([sequence[:t], [at_t], free[free != at_t][: len(sequence) - t - 1]])
+
+
+# --------------------------------------------------------------------------------------- no future reaches the past
+
+
+@each_case
+def test_no_future_in_training(name: str, gca: tuple[int, ...]) -> None:
+    """A state that predicts event t or an earlier one depends on no event from t on."""
+    model, rng = model_of(name, gca), np.random.default_rng(0)
+    compared = moved = 0
+    for t in (3, 5, 8, 10):
+        sequences = [history(rng, length) for length in (14, 12, 11)]
+        before = predictions(model, sequences)
+        after = predictions(model, [changed_from(rng, sequence, t) for sequence in sequences])
+        for key, state in before.items():
+            if key[2] < t:
+                assert near(after[key], state), (t, key)
+                compared += 1
+            elif key in after:
+                moved += not near(after[key], state, 1e-6)
+    assert compared == 3 * (3 + 5 + 8 + 10)
+    assert moved > 15
+
+
+def rows_before(t: int, model: Recommender, batch: Batch) -> list[Tensor]:
+    """Evaluation: rows that may depend on events before t only, of each encoder and of each cross-attention."""
+    encoded: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: encoded.append(output))
+        for module in model.modules()
+        if isinstance(module, (TransformerEncoder, InterestDecoder)) or module is getattr(model, "attention_norm", None)
+    ]
+    with record_activations(model) as recorded:
+        states_of(model, batch)
+    for hook in hooks:
+        hook.remove()
+    streams: dict[str, Stream] = {"x": batch.mixed, "a": batch.a, "b": batch.b}
+    found = [(streams[s], streams[s].mask, h) for s, h in zip(ENCODED[model.config.model], encoded, strict=True)]
+    found += [(streams[seen.name[0]], seen.mask, seen.out) for seen in recorded]
+    return [h[mask & (stream.query_position < t)] for stream, mask, h in found]
+
+
+@each_case
+def test_no_future_in_evaluation(name: str, gca: tuple[int, ...]) -> None:
+    """Also of rows older than the newest, which a later cross-attention reads."""
+    model, rng, compared = model_of(name, gca), np.random.default_rng(1), 0
+    for t in (4, 7, 10):
+        sequence = history(rng, 13)
+        both = (sequence, changed_from(rng, sequence, t))
+        first, second = (rows_before(t, model, batch_of(model, [items], False)) for items in both)
+        assert len(first) == len(ENCODED[name]) + 2 * len(gca)
+        for one, other in zip(first, second, strict=True):
+            assert near(one, other), t
+            compared += len(one)
+    assert compared > 7 * len(ENCODED[name]) + 10 * len(gca)
+
+
+# ------------------------------------------------------------------------------------- one computation for all users
+
+HISTORIES = [history(np.random.default_rng(4), length) for length in (15, 3, 8, 2)]
+HISTORIES += [np.array([5, 6, 7]), np.array([80, 81])]
+
+
+@each_case
+def test_a_user_does_not_depend_on_the_others_in_the_batch(name: str, gca: tuple[int, ...]) -> None:
+    model = model_of(name, gca)
+    trained, asked = predictions(model, HISTORIES), states_of(model, batch_of(model, HISTORIES, False))
+    for user, alone in enumerate(HISTORIES):
+        for (_, *key), state in predictions(model, [alone]).items():
+            assert near(state, trained[user, *key])
+        for state, together in zip(states_of(model, batch_of(model, [alone], False)), asked, strict=True):
+            assert near(state[0], together[user])
+
+
+@each_case
+def test_the_last_training_state_is_the_evaluation_state(name: str, gca: tuple[int, ...]) -> None:
+    model = model_of(name, gca)
+    trained = predictions(model, HISTORIES)
+    asked = states_of(model, batch_of(model, [sequence[:-1] for sequence in HISTORIES], False))
+    for user, sequence in enumerate(HISTORIES):
+        domain = int(sequence[-1] > NUM_A)
+        assert near(trained[user, domain, len(sequence) - 2], asked[domain][user, 0])
+
+
+@pytest.mark.parametrize("name", ["abxi", "llm4cdsr", "cdsrnp"])
+@pytest.mark.parametrize("gca", STACKS[1:])
+def test_initial_weights_are_alike_with_and_without_cross_attention(name: str, gca: tuple[int, ...]) -> None:
+    starts = []
+    for points in ((), gca):
+        torch.manual_seed(7)
+        starts.append(build_model(config_of(name, points), PAIR).state_dict())
+    plain, other = starts
+    assert all(torch.equal(tensor, other[key]) for key, tensor in plain.items())
+    assert {key.split(".")[1][0] for key in other.keys() - plain.keys()} == {str(point) for point in gca}
+
+
+# ------------------------------------------------------------------------------------------------ users of one domain
+
+
+@each_case
+@pytest.mark.parametrize("domain", [0, 1])
+def test_users_of_one_domain_have_finite_losses_and_gradients(name: str, gca: tuple[int, ...], domain: int) -> None:
+    """Nothing is asked of the other domain, whose loss is zero."""
+    model = model_of(name, gca)
+    batch = batch_of(model, [np.arange(1, 6) + NUM_A * domain, np.arange(9, 12) + NUM_A * domain], True)
+    losses = model.loss(batch, model.negatives(batch, np.random.default_rng(0)))
+    assert losses["ab"[1 - domain]] == 0
+    assert 0 < losses["ab"[domain]] < torch.inf
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@each_case
+def test_users_of_one_domain_are_asked_for_both(name: str, gca: tuple[int, ...]) -> None:
+    model = model_of(name, gca)
+    for state in states_of(model, batch_of(model, [np.array([5, 6, 7]), np.array([80, 81])], False)):
+        assert state.shape[:2] == (2, 1)
+        assert state.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- without a global order
+
+
+def rows_of_domains(model: Recommender, sequence: np.ndarray, training: bool) -> tuple[Tensor, ...]:
+    """States of all real rows of A and of B, older ones of evaluation too."""
+    batch = batch_of(model, [sequence], training, PER_DOMAIN)
+    with torch.no_grad():
+        if isinstance(model, CDSRNP):
+            states = model.decode(batch, model.encode(batch), Z)
+        else:
+            states = [model.encode(stream, domain) for domain, stream in enumerate(batch.domains)]
+    return tuple(h[stream.mask] for h, stream in zip(states, batch.domains, strict=True))
+
+
+@each_case_per_domain
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("j", [0, 3, 6])
+def test_a_domain_s_own_future_stays_out_without_a_global_order(
+    name: str, gca: tuple[int, ...], training: bool, j: int
+) -> None:
+    """Rows of A up to j depend on no item of A after j, though those of B may be from any time."""
+    model, rng = model_of(name, gca, PER_DOMAIN), np.random.default_rng(6)
+    of_a, of_b = rng.permutation(NUM_A) + 1, rng.permutation(NUM_ITEMS - NUM_A) + 1 + NUM_A
+    before = rows_of_domains(model, np.concatenate([of_a[:9], of_b[:9]]), training)
+    for domain in (0, 1):
+        parts = [of_a[:9].copy(), of_b[:9].copy()]
+        parts[domain][j + 1 :] = (of_a, of_b)[domain][9 : 17 - j]
+        after = rows_of_domains(model, np.concatenate(parts), training)
+        assert near(after[domain][: j + 1], before[domain][: j + 1])
+        assert not near(after[domain][j + 1 :], before[domain][j + 1 :], 1e-6)
+        assert near(after[1 - domain], before[1 - domain], 1e-6) == (gca == ())  # of the other domain a row sees all
+
+
+@each_case_per_domain
+def test_training_is_the_evaluation_form_without_a_global_order(name: str, gca: tuple[int, ...]) -> None:
+    model, rng = model_of(name, gca, PER_DOMAIN), np.random.default_rng(7)
+    of_a, of_b = rng.permutation(NUM_A)[:9] + 1, rng.permutation(NUM_ITEMS - NUM_A)[:6] + 1 + NUM_A
+    trained = rows_of_domains(model, np.concatenate([of_a, of_b]), True)
+    asked = states_of(model, batch_of(model, [np.concatenate([of_a[:-1], of_b[:-1]])], False, PER_DOMAIN))
+    for rows, state in zip(trained, asked, strict=True):
+        assert near(rows[-1], state[0, 0])
+
+
+@pytest.mark.parametrize("gca", STACKS[4:])
+def test_a_stack_without_a_global_order_is_refused(gca: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be stacked on synthetic, a per-domain pair: .* single insertion"):
+        model_of("cdsrnp", gca, PER_DOMAIN)
