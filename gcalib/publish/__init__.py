@@ -1,0 +1,1 @@
+"""Notebooks for readers: executed and checked (`notebooks`), and as web pages (`site`)."""

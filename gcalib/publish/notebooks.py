@@ -1,0 +1,229 @@
+"""Notebooks executed, cleaned for a commit, and checked.
+
+An executed notebook says in its metadata, under `gcalib`, what its outputs came from:
+
+    profile          the profile it was executed with
+    profile_sha256   hash of what the profile asks for
+    source_sha256    hash of its cells' sources
+    results_sha256   hash of the run records it used
+    runs             their ids
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell, new_notebook
+
+from gcalib.config import Profile
+from gcalib.publish.site import Page, to_html
+from gcalib.store import RunStore, record_sha256
+
+FOLDER = Path("notebooks")
+MAX_KB = 300
+MAX_MEDIAN_LINES = 6
+LONG_CELL = 18  # lines; a tenth of the code cells may have as many
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One notebook's execution: its file name, seconds, and the sentence that ended it (None: it went through).
+
+    `kept`: what was there is still right, as nothing that it came from has changed.
+    """
+
+    name: str
+    seconds: float
+    error: str | None
+    kept: bool = False
+
+    @property
+    def status(self) -> str:
+        return f"failed: {self.error}" if self.error else "kept" if self.kept else "executed"
+
+
+def notebooks(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
+    """The notebooks of a folder in order, or those whose file name starts with one of `names`.
+
+    Raises
+    ------
+    ValueError
+        For a name that none starts with.
+    """
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    found = {name: [path for path in paths if path.name.startswith(Path(name).name)] for name in names}
+    for name in names:
+        if not found[name]:
+            known = ", ".join(path.stem for path in paths) or "none"
+            raise ValueError(f"No notebook of {folder} starts with {name!r}; there are {known}.")
+    return sorted({path for some in found.values() for path in some}) if names else paths
+
+
+def execute(paths: Sequence[Path], out: Path | None, profile: str | None, *, resume: bool = False) -> Iterator[Outcome]:
+    """Execute notebooks one after the other; a failure does not stop the next.
+
+    Parameters
+    ----------
+    out
+        Folder of the executed copies and their HTML. None executes in place, for a commit: a notebook that fails stays
+        as it was. One that fails because the data it reads is not on this machine, and has no other fault, is kept.
+    profile
+        Injected as the notebooks' parameter; None leaves the one that each of them names.
+    resume
+        With `out`: keep an executed copy whose source, profile and records are unchanged.
+    """
+    pages = [Page.read(path) for path in paths]
+    for path in paths:
+        source, started = nbformat.read(path, as_version=4), time.perf_counter()
+        if resume and out is not None and _up_to_date(path.stem, out, source, profile):
+            yield Outcome(path.name, 0.0, None, kept=True)
+            continue
+        executed, used, error = _run(path, {"profile": profile} if profile else {})
+        if error is None:
+            executed.metadata["gcalib"] = _provenance(source, profile, used)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{path.stem}.html").write_text(to_html(Page(path.stem, executed), pages), encoding="utf-8")
+            nbformat.write(executed, out / path.name)  # last: its metadata speaks for the HTML too
+        elif error is None:
+            nbformat.write(executed, path)
+        elif re.match(r"cell \d+: NoDataError: ", error) and not faults(path):
+            yield Outcome(path.name, time.perf_counter() - started, None, kept=True)
+            continue
+        yield Outcome(path.name, time.perf_counter() - started, error)
+
+
+def _run(path: Path, parameters: dict[str, Any]) -> tuple[NotebookNode, dict[str, str], str | None]:
+    """The notebook as far as it was executed, hashes of the records that it used by run id, and what ended it."""
+    error = None
+    with tempfile.TemporaryDirectory() as scratch:
+        result, trace = Path(scratch) / path.name, Path(scratch) / "trace"
+        os.environ["GCALIB_TRACE"] = str(trace)  # the store writes there which records are read
+        try:
+            papermill.execute_notebook(
+                path, result, parameters, kernel_name="python3", language="python", progress_bar=False, cwd=Path.cwd(),
+                extra_arguments=["--IPKernelApp.log_level=50"],  # its warnings are about the kernel, not the notebook
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as failed:
+            error = f"cell {failed.exec_count}: {failed.ename}: {_first_line(failed.evalue)}"
+        except Exception as failed:  # noqa: BLE001 - a kernel can die in many ways, and the other notebooks go on
+            error = f"{type(failed).__name__}: {_first_line(str(failed))}"
+        finally:
+            del os.environ["GCALIB_TRACE"]
+        executed = nbformat.read(result if result.exists() else path, as_version=4)
+        used = dict(line.split() for line in trace.read_text().splitlines()) if trace.exists() else {}
+    return _clean(executed), used, error
+
+
+def _first_line(text: str) -> str:
+    return (re.sub(r"\x1b\[[0-9;]*m", "", text).strip() or "no message").splitlines()[0]
+
+
+def _clean(notebook: NotebookNode) -> NotebookNode:
+    """Drop what differs between machines and moments, so that an execution with the same outputs is the same file."""
+    notebook.metadata = NotebookNode(
+        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+        language_info={"name": "python"},
+    )
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:03d}"
+        cell.metadata = NotebookNode({key: cell.metadata[key] for key in ("tags", "jupyter") if cell.metadata.get(key)})
+        for output in cell.get("outputs", []):
+            output.get("metadata", {}).pop("papermill", None)
+    return notebook
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _provenance(source: NotebookNode, profile: str | None, used: dict[str, str]) -> dict[str, Any]:
+    """What a notebook says of itself; `profile` None is the one it names, `used` holds hashes of records by run id."""
+    named = re.search(r"^profile = [\"'](.+?)[\"']", _parameters(source), re.MULTILINE)
+    profile = profile or (named.group(1) if named else None)
+    asked = Profile.load(profile).model_dump(mode="json", exclude={"store", "workers"}) if profile else None
+    return {
+        "profile": profile,
+        "profile_sha256": _sha256(asked),
+        "source_sha256": _sha256([[cell.cell_type, cell.source] for cell in source.cells]),
+        "results_sha256": _sha256(sorted(used.items())),
+        "runs": sorted(used),
+    }
+
+
+def _parameters(notebook: NotebookNode) -> str:
+    return next((cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), "")
+
+
+def _stored(written: dict[str, Any], store: str | Path) -> dict[str, str]:
+    """Hashes of the records that the store holds of the runs that a notebook used."""
+    records = {name: RunStore(store).get(name) for name in written.get("runs", [])}
+    return {name: record_sha256(record) for name, record in records.items() if record is not None}
+
+
+def _up_to_date(name: str, out: Path, source: NotebookNode, profile: str | None) -> bool:
+    """Whether an executed copy is complete, and all that it came from is as it was."""
+    try:
+        written = nbformat.read(out / f"{name}.ipynb", as_version=4).metadata.get("gcalib")
+    except (OSError, ValueError):  # there is no copy, or half of one
+        return False
+    if not written or not (out / f"{name}.html").exists():
+        return False
+    store = Profile.load(profile or written["profile"]).store
+    return bool(written == _provenance(source, profile, _stored(written, store)))
+
+
+def faults(path: Path, store: str | Path = "results") -> list[str]:
+    """What keeps a committed notebook from being fit to read, one sentence each; empty if nothing does."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    outputs = [output for cell in code for output in cell.outputs]
+    lines = [len(cell.source.splitlines()) for cell in code] or [0]
+    prose = sum(cell.cell_type == "markdown" for cell in notebook.cells)
+    written = notebook.metadata.get("gcalib", {})
+    now = _provenance(notebook, None, _stored(written, store))
+    size = path.stat().st_size / 1024
+    checks = {
+        "it has no cell tagged 'parameters'": not _parameters(notebook),
+        "cells were not executed, or not in order": [c.execution_count for c in code] != list(range(1, len(code) + 1)),
+        "an output is an error": any(output.output_type == "error" for output in outputs),
+        "an output went to stderr": any(output.get("name") == "stderr" for output in outputs),
+        "its cells changed since it was executed": written.get("source_sha256") != now["source_sha256"],
+        "its profile changed since it was executed": written.get("profile_sha256") != now["profile_sha256"],
+        "the records it used changed or are gone": written.get("results_sha256") != now["results_sha256"],
+        f"it has {size:.0f} KB, more than {MAX_KB}": size > MAX_KB,
+        f"half of its code cells have more than {MAX_MEDIAN_LINES} lines": statistics.median(lines) > MAX_MEDIAN_LINES,
+        f"more than a tenth of its code cells have {LONG_CELL} lines or more": (
+            sum(count >= LONG_CELL for count in lines) > len(lines) / 10
+        ),
+        "code cells follow each other without prose": prose < 0.6 * len(code),
+    }
+    return [f"{path.name}: {sentence}." for sentence, wrong in checks.items() if wrong]
+
+
+def write_index(outcomes: Sequence[Outcome], out: Path, profile: str) -> Path:
+    """`index.html` with a line for each notebook: link, status, time."""
+    rows = "\n".join(
+        f'<tr><td><a href="{one.name.removesuffix(".ipynb")}.html">{one.name}</a></td>'
+        f"<td>{escape(one.status)}</td><td>{one.seconds:.0f} s</td></tr>"
+        for one in outcomes
+    )
+    text = f"# Notebooks\n\nExecuted with the profile **{profile}**.\n\n<table>\n{rows}\n</table>"
+    page = Page("index", new_notebook(cells=[new_markdown_cell(text)]))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "index.html").write_text(to_html(page), encoding="utf-8")
+    return out / "index.html"
