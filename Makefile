@@ -7,7 +7,7 @@ PROFILE ?= params/smoke.yaml
 PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup notebooks site test browser-test lint lab bench commit-notebooks clean
+.PHONY: help setup notebooks site test test-all browser-test lint budget lab bench commit-notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
@@ -29,8 +29,11 @@ notebooks: $(READY)  ## execute the notebooks (PROFILE=params/<name>.yaml) into 
 site: $(READY)  ## the executed notebooks as web pages that work offline, into build/site/index.html
 	@$(BIN)/python -m gcalib site
 
-test: $(READY)  ## run the tests, all but those in a browser
-	@$(BIN)/python -m pytest -q
+test: $(READY)  ## run the tests that take minutes
+	@$(BIN)/python -m pytest -q -m "not slow and not browser"
+
+test-all: $(READY)  ## run all tests but those in a browser
+	@$(BIN)/python -m pytest -q -m "not browser"
 
 browser-test: $(READY)  ## look at the site and at JupyterLab in headless Chromium, which must be installed
 	@$(BIN)/python -m pytest -q -m browser
@@ -39,12 +42,15 @@ lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+budget: $(READY)  ## lines and files of the package and of results/, against the budget
+	@$(BIN)/python -m pytest -q tests/test_house.py -k budget
+
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 bench: $(READY)  ## speed and memory, as ratios from one run; then grids
-	@$(BIN)/python -m gcalib bench
-	@$(BIN)/python -m gcalib bench grid
+	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/grid.py
 
 commit-notebooks: $(READY)  ## execute the notebooks in place, each on the profile it names, ready to commit
 	@$(BIN)/python -m gcalib notebooks --in-place
