@@ -48,9 +48,8 @@ budget: $(READY)  ## lines and files of the package and of results/, against the
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-bench: $(READY)  ## speed and memory, as ratios from one run; then grids
+bench: $(READY)  ## measure speed and memory on Food-Kitchen (docs/speed.md)
 	@$(BIN)/python benchmarks/step.py
-	@$(BIN)/python benchmarks/grid.py
 
 commit-notebooks: $(READY)  ## execute the notebooks in place, each on the profile it names, ready to commit
 	@$(BIN)/python -m gcalib notebooks --in-place

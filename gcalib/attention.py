@@ -179,9 +179,11 @@ class GatedCrossAttention(nn.Module):
             True at real rows; None for all. A query that is a pad, or sees no key, gets no update: its x_prime is
             exactly zero and the output there is `LayerNorm(x)`. So it is for all queries if y is empty.
         causal
-            Hide the keys that are newer than the one beside the query.
+            Hide the keys that are newer than the one beside the query: right where the n-th newest rows of x and y
+            belong together, as two views of one sequence do. Between two domains use `mask`.
         mask
-            What each query may see, instead of `causal`; the newest row that it shows is then beside the query.
+            What each query may see, such as `visible(query_position, position)`; the newest row that it shows is then
+            beside the query.
 
         Raises
         ------

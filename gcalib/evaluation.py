@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcalib.alignment import AlignmentMeter
 from gcalib.attention import record_activations
-from gcalib.data.batches import batches_of_users, events_per_domain
+from gcalib.data.batches import batches_of_users, events_per_domain, items_of
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.split import Split, SplitName
 from gcalib.data.text import item_text
@@ -31,7 +31,6 @@ def evaluate(
     *,
     protocols: Sequence[str] = ("full", "s999", "s100"),
     alignment: bool = True,
-    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Rank every target and measure every cross-attention, in one pass over the users.
 
@@ -47,7 +46,7 @@ def evaluate(
         `full_seen`: the same over targets that occur in training; and, if some users are active in one domain only,
         `full_both` and `full_single`: over the targets of users active in both domains and in one.
     """
-    device = device or _device(model)
+    device = _device(model)
     parts = pair.split(split)
     smallest = min(pair.num_items) - int(pair.lengths.max())
     sampled = {
@@ -55,9 +54,9 @@ def evaluate(
         for name in protocols
         if name in SAMPLED and smallest >= SAMPLED[name]
     }
-    owner = pair.domain_of(parts.targets)
+    target_domain = pair.domain_of(parts.targets)
     example = np.full((pair.num_users, 2), -1)  # of each user in each domain
-    example[parts.users, owner] = np.arange(len(parts))
+    example[parts.users, target_domain] = np.arange(len(parts))
     ranks = {name: np.empty(len(parts)) for name in ("full", *sampled)}
     meters: dict[str, AlignmentMeter] = {}
     domains = (0, 1) if protocols else ()
@@ -72,7 +71,7 @@ def evaluate(
                 asked = example[users[places], domain]
                 if len(asked) == 0:
                     continue
-                first = 1 + domain * pair.num_items[0]
+                first = items_of(pair.num_items, domain).start
                 scores = scorers[domain](states[domain][torch.from_numpy(places).to(device), 0])
                 target = torch.from_numpy(parts.targets[asked] - first).to(device)
                 row, column = (t.to(device) for t in _interacted(pair, parts.users[asked], domain))
@@ -94,7 +93,7 @@ def evaluate(
     if not pair.in_both.all():
         groups |= {"both": pair.in_both[parts.users], "single": ~pair.in_both[parts.users]}
     for domain in domains:
-        letter, mine = "ab"[domain], owner == domain
+        letter, mine = "ab"[domain], target_domain == domain
         for name in ranks if mine.any() else ():
             size = full_size if name == "full" else np.full(len(parts), 1 + SAMPLED[name])
             _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]))
@@ -180,14 +179,14 @@ def recommend(
     if domain not in letters:
         a, b = pair.domains
         raise ValueError(f"domain={domain!r} is unknown; {pair.name} has A ({a}) and B ({b}).")
-    number = letters[domain]
-    first, size = 1 + number * pair.num_items[0], pair.num_items[number]
+    items = items_of(pair.num_items, letters[domain])
+    size = items.stop - items.start
     if not 1 <= k <= size:
-        raise ValueError(f"k={k} must be 1 to {size}, the items of {pair.domains[number]}.")
+        raise ValueError(f"k={k} must be 1 to {size}, the items of {pair.domains[letters[domain]]}.")
     scores = score(model, pair, histories)
     for row, history in zip(scores, histories, strict=True):
         row[np.asarray(history)] = -np.inf
-    best = (np.argsort(-scores[:, first : first + size], axis=1, kind="stable")[:, :k] + first).ravel()
+    best = (np.argsort(-scores[:, items], axis=1, kind="stable")[:, :k] + items.start).ravel()
     owner = np.repeat(np.arange(len(scores)), k)
     names = np.arange(1, 1 + sum(pair.num_items)).astype(str) if pair.item_names is None else pair.item_names
     table = pd.DataFrame(
@@ -216,7 +215,7 @@ def _interacted(pair: Pair, users: np.ndarray, domain: int) -> tuple[Tensor, Ten
     rows = np.repeat(np.arange(len(users)), lengths)
     items = np.concatenate([pair.sequence(user) for user in users])
     mine = pair.domain_of(items) == domain
-    first = 1 + domain * pair.num_items[0]
+    first = items_of(pair.num_items, domain).start
     return torch.from_numpy(rows[mine]), torch.from_numpy(items[mine] - first)
 
 

@@ -147,6 +147,25 @@ class SelfAttention(nn.Module):
         return attended
 
 
+def attend_rows(
+    query: Float[Tensor, "rows dim"],
+    key_value: Float[Tensor, "rows two_dim"],
+    real: Bool[Tensor, "B L"],
+    mask: Bool[Tensor, "B L L"],
+    heads: int,
+    pads: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "rows dim"]:
+    """Self-attention of the real rows, which stand between pads only for it.
+
+    `pads` are the bias of the key and value projections and the number of pads each row sees (see `with_pads`).
+    """
+    qkv = padded(torch.cat([query, key_value], dim=1), real)
+    q, k, v = (split_heads(t, heads) for t in qkv.chunk(3, dim=-1))  # (B, h, L, p)
+    if pads is not None:
+        k, v, mask = with_pads(k, v, pads[0], mask, pads[1])
+    return real_rows(merge_heads(attend(q, k, v, mask)), real)
+
+
 class EncoderLayer(nn.Module):
     """One layer of SASRec's encoder on the real rows; see `TransformerEncoder`."""
 
@@ -166,11 +185,8 @@ class EncoderLayer(nn.Module):
         self, x: Float[Tensor, "rows dim"], real: Bool[Tensor, "B L"], mask: Bool[Tensor, "B L L"], pads: Tensor | None
     ) -> Float[Tensor, "rows dim"]:
         normed = self.query_norm(x)
-        qkv = padded(torch.cat([self.query(normed), self.key_value(x)], dim=1), real)
-        q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))  # (B, h, L, p)
-        if pads is not None:
-            k, v, mask = with_pads(k, v, self.key_value.bias, mask, pads)
-        attended = real_rows(merge_heads(attend(q, k, v, mask)), real)
+        seen = None if pads is None else (self.key_value.bias, pads)
+        attended = attend_rows(self.query(normed), self.key_value(x), real, mask, self.heads, seen)
         x = self.ffn_norm(normed + self.out(attended))
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
 

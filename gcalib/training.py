@@ -27,6 +27,7 @@ from gcalib.models.base import Recommender
 from gcalib.models.matching import MODELS, build_model
 
 log = logging.getLogger("gcalib")
+OnEpoch = Callable[[dict[str, float]], None]
 FINAL_SHARE = 0.02  # of the learning rate, at the end of the cosine schedule
 PLATEAU_FACTOR = 0.3162  # as published by ABXI's authors
 CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
@@ -101,7 +102,7 @@ class Progress:
     curves: list[dict[str, float]] = field(default_factory=list)
 
 
-def learning_rate(config: RunConfig, epoch: float, cuts: int = 0) -> float:
+def learning_rate(config: RunConfig, epoch: int, cuts: int = 0) -> float:
     """Learning rate in an epoch (from 1): linear warm-up, then a cosine to 2% or a factor for each cut on a plateau.
 
     Examples
@@ -151,13 +152,7 @@ class Trainer:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def epoch(self, lr: float) -> dict[str, float]:
-        """One pass over all users; returns the mean losses.
-
-        Raises
-        ------
-        DivergedError
-            If the epoch's loss is not finite.
-        """
+        """One pass over all users; returns the mean losses, or raises DivergedError if they are not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
@@ -173,7 +168,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Figures of the validation split, for the curves."""
         select, pair = self.config.select, self.pair
-        found = evaluate(self.model, pair, "val", protocols=tuple({"full", select}), device=self.device)
+        found = evaluate(self.model, pair, "val", protocols=tuple({"full", select}))
         for domain, name in zip("ab", pair.domains, strict=True):
             if not found[f"{domain}.targets"]:
                 what = "no user's validation target lies in it, and the best epoch is picked by both domains"
@@ -189,7 +184,7 @@ def fit(
     *,
     device: torch.device | str = "auto",
     checkpoint: Path | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Fit:
     """Train a model and keep its best epoch, by the validation MRR summed over both domains.
 
@@ -216,11 +211,7 @@ def fit(
 
 
 def _fit(
-    config: RunConfig,
-    pair: Pair,
-    device: torch.device,
-    checkpoint: Path | None,
-    on_epoch: Callable[[dict[str, float]], None] | None,
+    config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path | None, on_epoch: OnEpoch | None
 ) -> Fit:
     started = time.perf_counter()
     if not MODELS[config.model].trained:  # a baseline without parameters is evaluated only
@@ -264,16 +255,14 @@ def _fit(
             _save(checkpoint, trainer, progress, best_weights)
             saved, save_cost = now, time.perf_counter() - now
         log.info(
-            "%s epoch %d: loss %.4f, val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s",
-            checkpoint.stem if checkpoint else config.model, epoch,
-            sum(value for name, value in losses.items() if name != "lr"), quality, progress.best,
-            progress.best_epoch, row["lr"], progress.seconds,
+            "%s epoch %d: val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s",
+            checkpoint.stem if checkpoint else config.model, epoch, quality, progress.best, progress.best_epoch,
+            row["lr"], progress.seconds,
         )  # fmt: skip
         if on_epoch is not None:
             on_epoch(row)
     model.load_state_dict(best_weights)
-    stopped = progress.waited >= patience
-    seconds = time.perf_counter() - started
+    stopped, seconds = progress.waited >= patience, time.perf_counter() - started
     return Fit(model, progress.curves, progress.best_epoch, stopped, seconds, trainer.precision)
 
 

@@ -87,14 +87,6 @@ def test_scores_of_item_knn_add_up_the_similarities_of_the_history(pair: Pair) -
     assert score(model_of("item-knn", pair), pair, histories)[:, 1:] == pytest.approx(wanted[:, 1:], rel=1e-6)
 
 
-@NAMES
-def test_scores_are_products_with_the_item_vectors(name: str) -> None:
-    model, history = model_of(name), np.array([1, 2, 5])
-    states = model(model.collate([history], PAIR, training=False))
-    products = [(state[0, 0] @ model.item_vectors(domain).T).numpy() for domain, state in enumerate(states)]
-    assert score(model, PAIR, [history])[0, 1:] == pytest.approx(np.concatenate(products), rel=1e-6)
-
-
 def assert_ranks(name: str, pair: Pair, ranks: dict[str, list[float]], sizes: dict[str, list[int]]) -> None:
     """Ranks and numbers of candidates of the test targets of A and of B, in order of the users."""
     found = evaluate(model_of(name, pair), pair, "test", protocols=("full",), alignment=False)

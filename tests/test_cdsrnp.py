@@ -232,6 +232,17 @@ def test_z_is_drawn_from_the_posterior_in_training() -> None:
     assert not torch.equal(model(batch)[0], drawn[0])
 
 
+def test_prior_is_given_the_support_and_posterior_the_users_too(nine_support_users: None) -> None:
+    model = tiny().train()
+    batch = training_batch(model)
+    with torch.no_grad():
+        h = model.encode(batch)
+        support, users = model.support_triples(list(range(9))), model.triples(batch, h)
+        assert (len(support), len(users)) == (9, 8)
+        for found, triples in zip(model.distributions(batch, h), (support, torch.cat([support, users])), strict=True):
+            assert torch.allclose(found.mean, model.latent(triples).mean, rtol=0, atol=1e-12)
+
+
 def test_gradients_end_at_the_triples() -> None:
     model = tiny().train()
     batch = training_batch(model)

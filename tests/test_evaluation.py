@@ -207,6 +207,13 @@ def test_recommend_names_the_items() -> None:
     assert table["title"].tolist() == [PAIR.titles.by_name[name] for name in table["name"]]
 
 
+def test_recommend_leaves_an_unknown_title_empty() -> None:
+    assert PAIR.titles is not None
+    titles = replace(PAIR.titles, by_name={"a7": "Plum jam"})
+    table = recommend(model_of(), replace(PAIR, titles=titles), [[1]], k=159)
+    assert table.loc[table["title"] != "", ["name", "title"]].to_numpy().tolist() == [["a7", "Plum jam"]]
+
+
 def test_recommend_without_names_and_titles_gives_numbers() -> None:
     table = recommend(model_of(), replace(PAIR, item_names=None, titles=None), [[1, 2, 170]], k=3)
     assert table.columns.tolist() == ["history", "rank", "item", "name", "score"]

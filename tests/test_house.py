@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "gcalib").rglob("*.py"))
 CORE = re.compile(r"gcalib/(attention|layers|alignment|ranking|training|evaluation|models/\w+|data/batches)\.py")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-HOUSE = DESIGN.partition("## The house")[2].partition("```\n")[2].partition("```")[0]
+LAYOUT = DESIGN.partition("## Layout")[2].partition("```\n")[2].partition("```")[0]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
 PINS = dict(
@@ -57,7 +57,7 @@ def test_budget_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
 def drawn_layers() -> dict[str, int]:
     """The folders and files of `gcalib/` that begin a line of the drawing; the highest has number 0."""
-    return {name: number for number, name in enumerate(re.findall(r"^gcalib/(\w+(?:/|\.py))", HOUSE, re.MULTILINE))}
+    return {name: number for number, name in enumerate(re.findall(r"^gcalib/(\w+(?:/|\.py))", LAYOUT, re.MULTILINE))}
 
 
 def imports() -> dict[str, set[str]]:
@@ -101,7 +101,7 @@ def test_no_imports_go_round_in_a_circle() -> None:
 
 def test_the_drawing_names_every_file() -> None:
     folder, drawn = "", set()
-    for line in HOUSE.splitlines():
+    for line in LAYOUT.splitlines():
         if start := re.match(r"gcalib/(\w+/|\w+\.py)", line):
             folder, line = (start[1], line[start.end() :]) if start[1].endswith("/") else ("", start[1])
         drawn |= {folder + name for name in re.findall(r"\w+\.py\b", line)}
@@ -109,10 +109,10 @@ def test_the_drawing_names_every_file() -> None:
     assert drawn == {name for name in files if not name.endswith("/__init__.py")}
 
 
-def test_the_walk_of_a_batch_names_what_is_there() -> None:
-    walk = DESIGN.partition("## The walk of a batch")[2].partition("```\n")[2].partition("```")[0]
-    steps = re.findall(r"^(gcalib/\S+) +(?:\w+\.)?(\w+)\(", walk, re.MULTILINE)
-    assert len(steps) == 6
+def test_the_flow_of_a_batch_names_what_is_there() -> None:
+    flow = DESIGN.partition("## How a batch flows")[2].partition("```\n")[2].partition("```")[0]
+    steps = re.findall(r"^(gcalib/\S+) +(?:\w+\.)?(\w+)\(", flow, re.MULTILINE)
+    assert len(steps) == 7
     for file, name in steps:
         function = f"def {name.replace('model', 'forward')}("  # model(batch) is its forward
         assert function in (ROOT / file).read_text(), f"{file} has no {function}"

@@ -49,7 +49,8 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     exec(own, names)
     x, y = torch.zeros(2, 5, 8), torch.zeros(2, 7, 6)
     real = [torch.ones(part.shape[:2], dtype=torch.bool) for part in (x, y)]
-    assert names["Mine"](8, 6)(x, y, *real).shape == (2, 5, 8)
+    positions = [torch.arange(part.size(1)).expand(2, -1) for part in (x, y)]
+    assert names["Mine"](8, 6)(x, y, *real, *positions).shape == (2, 5, 8)
     exec(ours.replace('"synthetic"', '"synthetic:num_users=300,items_a=150,items_b=150"'), names)
     assert {"test.a.full.ndcg@10", "test.a.gca0.cos_mean_abs"} <= set(names["record"])
     assert names["seen"].attention is not None
@@ -62,8 +63,9 @@ def study() -> pd.DataFrame:
 
 
 def test_readme_verdicts_are_those_of_the_records(study: pd.DataFrame) -> None:
-    found = claims.overall(claims.judge(study)).set_index("claim")["verdict"].to_dict()
-    assert dict(re.findall(r"^\| (C\d): .+ \| \*\*(\w+)\*\* \|$", README, re.MULTILINE)) == found
+    found = claims.overall(claims.judge(study))[["claim", "text", "verdict"]]
+    shown = re.findall(r"^\| (C\d): (.+) \| \*\*(\w+)\*\* \|$", README, re.MULTILINE)
+    assert shown == list(found.itertuples(index=False, name=None))
 
 
 def test_readme_counts_the_runs(study: pd.DataFrame) -> None:

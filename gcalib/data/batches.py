@@ -49,7 +49,7 @@ class Stream:
     recency
         The row's place counted back from the newest one (1), for position embeddings; 0 where `items` is.
     targets
-        Item ids that follow, 0 where there is none or it is what is asked for.
+        Id of the next item, 0 where there is none or it is unknown.
     predicts
         True at rows whose next item is asked for: in training where there is a target, in evaluation at the newest
         row too.
@@ -91,12 +91,13 @@ class Stream:
 class Batch:
     """A batch of users: the mixed stream (empty without a global order), the streams of A and B, and who they are.
 
-    `users` are the users' numbers in the pair, where they are known (in training).
+    `training` says which form it has (see `collate`); `users` are the users' numbers in the pair, where known.
     """
 
     mixed: Stream
     a: Stream
     b: Stream
+    training: bool
     users: Int[Tensor, " B"] | None = None
 
     @property
@@ -118,7 +119,13 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         users = None if self.users is None else self.users.to(device)
-        return Batch(self.mixed.to(device), self.a.to(device), self.b.to(device), users)
+        return Batch(self.mixed.to(device), self.a.to(device), self.b.to(device), self.training, users)
+
+
+def items_of(num_items: tuple[int, int], domain: int) -> slice:
+    """The ids of a domain's items."""
+    nA, nB = num_items
+    return slice(1, 1 + nA) if domain == 0 else slice(1 + nA, 1 + nA + nB)
 
 
 def rows_at(h: Float[Tensor, "B L dim"], column: Int[Tensor, "B l"]) -> Float[Tensor, "B l dim"]:
@@ -163,21 +170,21 @@ def collate(
     ValueError
         For an empty batch, or a sequence too short: two events in training, one in evaluation.
     """
-    newest = window + training
+    kept_events = window + training
     needed = 2 if training and global_order else 1
     if not len(sequences) or min(map(len, sequences)) < needed:
         raise ValueError(f"A batch needs users with {needed} events or more; it has {[len(s) for s in sequences]}.")
-    size = len(sequences)
-    mixed = _stream(size, *[np.zeros(0, dtype=np.int64)] * 2)
+    size, nothing = len(sequences), np.zeros(0, dtype=np.int64)
+    mixed = _stream(size, nothing, nothing)
     if global_order:
-        items, owner, position, length = _flatten([np.asarray(sequence)[-newest:] for sequence in sequences])
+        items, owner, position, length = _flatten([np.asarray(sequence)[-kept_events:] for sequence in sequences])
         inputs = length - training  # of each user; in training the last event is a target only
         held = position < inputs[owner]
         follows = np.append(owner[1:] == owner[:-1], False)
         mixed = _stream(
             size, owner[held], position[held], items=items[held], position=position[held],
             query_position=position[held], recency=(inputs[owner] - position)[held],
-            targets=np.where(follows, np.roll(items, -1), 0)[held], predicts=held[held],
+            targets=np.where(follows, np.roll(items, -1), 0)[held], predicts=np.ones(held.sum(), dtype=bool),
         )  # fmt: skip
     streams = []
     for domain in (0, 1):
@@ -186,11 +193,11 @@ def collate(
             events = (items[mine], owner[mine], position[mine])
             stream = _domain(*events, inputs, training, keep_last_item, recency_in_domain)
         else:
-            own = [np.asarray(s)[(np.asarray(s) > num_items_a) == domain][-newest:] for s in sequences]
-            of_domain, whose, place, count = _flatten(own)
+            of_domain = [np.asarray(s)[(np.asarray(s) > num_items_a) == domain][-kept_events:] for s in sequences]
+            of_items, user, place, count = _flatten(of_domain)
             # a domain of one event has nothing to predict it from: it is no target and may be seen
-            rows = np.where(count > 1, count - training, count)
-            stream = _domain(of_domain, whose, place, rows, training, True, recency_in_domain)
+            inputs = np.where(count > 1, count - training, count)
+            stream = _domain(of_items, user, place, inputs, training, True, recency_in_domain)
             anywhere = stream.mask | stream.predicts
             stream = replace(
                 stream, position=stream.position.masked_fill(stream.mask, 0),
@@ -198,7 +205,7 @@ def collate(
             )  # fmt: skip
         streams.append(stream)
     numbers = None if users is None else torch.from_numpy(np.asarray(users, dtype=np.int64))
-    return Batch(mixed, streams[0], streams[1], numbers)
+    return Batch(mixed, streams[0], streams[1], training, numbers)
 
 
 def _flatten(events: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -226,17 +233,19 @@ def _domain(
     recency = rows[owner] - place if recency_in_domain else inputs[owner] - position
 
     # column 0 predicts the first item of the domain, if that has an event before it; in evaluation also the unknown one
-    none = np.flatnonzero((count == 0) & (not training))
-    opens = np.flatnonzero(count > 0)
-    opens = opens[position[first[opens]] > 0]
-    asked = np.concatenate([opens, none])
-    empty = np.zeros(len(asked), dtype=np.int64)
+    without_items = np.flatnonzero((count == 0) & (not training))
+    with_first = np.flatnonzero(count > 0)
+    with_first = with_first[position[first[with_first]] > 0]
+    starts = np.concatenate([with_first, without_items])
+    empty = np.zeros(len(starts), dtype=np.int64)
     return _stream(
-        size, np.concatenate([asked, owner[kept]]), np.concatenate([empty, 1 + place[kept]]),
+        size, np.concatenate([starts, owner[kept]]), np.concatenate([empty, 1 + place[kept]]),
         items=np.concatenate([empty, items[kept]]), position=np.concatenate([empty + NEVER, position[kept]]),
-        query_position=np.concatenate([position[first[opens]] - 1, inputs[none] - 1, query_position[kept]]),
+        query_position=np.concatenate(
+            [position[first[with_first]] - 1, inputs[without_items] - 1, query_position[kept]]
+        ),
         recency=np.concatenate([empty, recency[kept]]),
-        targets=np.concatenate([items[first[opens]], empty[: len(none)], targets[kept]]),
+        targets=np.concatenate([items[first[with_first]], empty[: len(without_items)], targets[kept]]),
         predicts=np.concatenate([empty == 0, (again | (not training))[kept]]),
     )  # fmt: skip
 

@@ -30,9 +30,7 @@ from gcalib.attention import causal_mask
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Stream, rows_at
 from gcalib.layers import Dropout, LoRA, SelfAttention, SwiGLU, padded, real_rows
-from gcalib.models.base import CrossDomainAttention, Recommender, States
-
-LATE = 2
+from gcalib.models.base import EARLY, LATE, MID, CrossDomainAttention, Recommender, States
 
 
 class ABXI(Recommender):
@@ -50,7 +48,7 @@ class ABXI(Recommender):
         super().__init__(config, num_items)
         d = config.dim
         self.infonce = True
-        self.keep_last_item = bool({0, 1} & set(config.gca))
+        self.keep_last_item = bool({EARLY, MID} & set(config.gca))
         self.official = self.recency_in_domain = "official_attention" in config.published
 
         self.item = nn.Embedding(1 + sum(num_items), d, padding_idx=0)
@@ -79,23 +77,23 @@ class ABXI(Recommender):
         x, a, b = (
             self.dropout(h + self.position(s.recency)) for h, s in zip(self.embedded(*streams), streams, strict=True)
         )  # (B, L, d), (B, l_A, d), (B, l_B, d)
-        a, b = self.gca(0, (a, b), batch)
+        a, b = self.gca(EARLY, (a, b), batch)
 
         # in evaluation only the newest states are asked for, and only a later cross-attention reads older ones
-        last_point = max(self.gca.points, default=0)
-        newest = not self.training and last_point == 0
+        last_point = max(self.gca.points, default=EARLY)
+        newest = not batch.training and last_point == EARLY
         x = self.encode("x", x, batch.mixed, batch, newest)
         a, b = (
             self.encode(s, h, stream, batch, newest) for s, h, stream in zip("ab", (a, b), batch.domains, strict=True)
         )
-        a, b = self.gca(1, (a, b), batch)
-        if not self.training and last_point == 1:
+        a, b = self.gca(MID, (a, b), batch)
+        if not batch.training and last_point == MID:
             x, a, b = (s.newest(h) for s, h in zip((batch.mixed, *batch.domains), (x, a, b), strict=True))
 
-        newest = not self.training and last_point < LATE
+        newest = not batch.training and last_point < LATE
         states = self.combine(x, a, b, batch, newest)
         states = self.gca(LATE, states, batch, of_predictions=True)
-        if not self.training and last_point == LATE:
+        if not batch.training and last_point == LATE:
             states = batch.a.newest(states[0]), batch.b.newest(states[1])
         return states
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gcalib.attention import GatedCrossAttention, visible
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch, Stream, collate
+from gcalib.data.batches import Batch, Stream, collate, items_of
 from gcalib.data.pair import Pair
 from gcalib.models.losses import binary_cross_entropy, draw_negatives, info_nce, mean_per_user, shared_logits
 
@@ -88,8 +88,7 @@ class Recommender(nn.Module, ABC):
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
         """Vectors of a domain's items, in order of id: the score of an item is its dot product with a state."""
-        nA, nB = self.num_items
-        return self.item.weight[1 : 1 + nA] if domain == 0 else self.item.weight[1 + nA : 1 + nA + nB]
+        return self.item.weight[items_of(self.num_items, domain)]
 
     def scorer(self, domain: int) -> Callable[[Tensor], Tensor]:
         """A function from states (users, d) to the scores of a domain's items (users, items), for many batches."""
@@ -113,8 +112,10 @@ class Recommender(nn.Module, ABC):
         named = [*targets, *(ids.flatten() for ids in pools)]
         of_a, of_b, *of_pools = self.item(torch.cat(named)).split([len(ids) for ids in named])
         losses = {}
-        for s, h, stream, ids, vectors in zip("ab", states, batch.domains, targets, (of_a, of_b), strict=True):
-            mine = 0 if s == "a" else len(pools) - 1
+        for domain, (h, stream, ids, vectors) in enumerate(
+            zip(states, batch.domains, targets, (of_a, of_b), strict=True)
+        ):
+            mine = 0 if self.negatives_of_both else domain
             user = stream.predicts.nonzero()[:, 0]
             positive, negative = shared_logits(
                 h[stream.predicts], ids, vectors, pools[mine], of_pools[mine].view(*pools[mine].shape, -1),
@@ -123,9 +124,9 @@ class Recommender(nn.Module, ABC):
             weight = self.user_weights(batch, stream, user)
             if self.infonce:
                 temperature = self.config.temperature
-                losses[s] = info_nce(positive / temperature, negative / temperature, weight)
+                losses["ab"[domain]] = info_nce(positive / temperature, negative / temperature, weight)
             else:
-                losses[s] = binary_cross_entropy(positive, negative, weight)
+                losses["ab"[domain]] = binary_cross_entropy(positive, negative, weight)
         return losses
 
     def user_weights(self, batch: Batch, stream: Stream, user: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -154,6 +155,9 @@ class Recommender(nn.Module, ABC):
         return {}
 
 
+EARLY, MID, LATE = 0, 1, 2  # insertion points
+
+
 class CrossDomainAttention(nn.ModuleDict):
     """The gated cross-attentions of a model, two for each insertion point (`"0a"`: point 0, queries of A)."""
 
@@ -166,12 +170,12 @@ class CrossDomainAttention(nn.ModuleDict):
             module.name = f"{name[1]}.gca{name[0]}"  # type: ignore[assignment]
 
     def forward(self, point: int, h: States, batch: Batch, *, of_predictions: bool = False) -> States:
-        """`(GCA(a, b), GCA(b, a))` at an insertion point of the model, else `h`; so it is at pads.
+        """`(GCA(a, b), GCA(b, a))` at an insertion point of the model; elsewhere, and at pads, `h` unchanged.
 
-        A row that no cross-attention has updated depends on its own `position`, and one that was itself a query on
-        all events up to its `query_position`. So a first cross-attention at 0 or 1 sees the other domain's newest
-        item, and a later one of a stack sees it through what the first made of it. The strict comparison of two
-        updated rows hides the newest ones from each other in evaluation, as the targets do in training.
+        A row before any cross-attention depends on events up to its `position`, a row after one on events up to its
+        `query_position`. So a first cross-attention at 0 or 1 sees the other domain's newest item, and a later one of
+        a stack sees it through what the first made of it. The strict comparison of two updated rows hides the newest
+        ones from each other in evaluation, as the targets do in training.
 
         Parameters
         ----------

@@ -15,12 +15,11 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from scipy import sparse
 from torch import Tensor
 
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch
+from gcalib.data.batches import Batch, items_of
 from gcalib.data.pair import Pair
 from gcalib.models.base import Recommender, States
 
@@ -94,17 +93,10 @@ class CountingBaseline(Recommender):
         return states[0], states[1]
 
     def scorer(self, domain: int) -> Callable[[Tensor], Tensor]:
-        table = self.table[:, self._columns(domain)]
+        table = self.table[:, items_of(self.num_items, domain)]
 
         def scores(states: Tensor) -> Tensor:
             product = sparse.csr_array(states.cpu().numpy()) @ table
             return torch.from_numpy(product.toarray().astype(np.float32)).to(states.device)
 
         return scores
-
-    def item_vectors(self, domain: int) -> Float[Tensor, "items dim"]:
-        return torch.from_numpy(self.table[:, self._columns(domain)].T.toarray())
-
-    def _columns(self, domain: int) -> slice:
-        nA, nB = self.num_items
-        return slice(1, 1 + nA) if domain == 0 else slice(1 + nA, 1 + nA + nB)

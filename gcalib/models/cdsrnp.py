@@ -52,8 +52,8 @@ from gcalib.attention import causal_mask, recording_paused
 from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, collate
 from gcalib.data.pair import Pair
-from gcalib.layers import Dropout, TransformerEncoder, attend, merge_heads, padded, real_rows, split_heads
-from gcalib.models.base import CrossDomainAttention, Recommender, States, start_small
+from gcalib.layers import Dropout, TransformerEncoder, attend_rows, padded, real_rows
+from gcalib.models.base import EARLY, LATE, MID, CrossDomainAttention, Recommender, States, start_small
 
 LAYERS = 2
 SUPPORT = 256  # users of the support set
@@ -150,9 +150,7 @@ class InterestDecoder(nn.Module):
         if self.film is not None:
             gamma, beta = self.film(z).chunk(2)
             asked = rows * (1 + gamma) + beta
-        qkv = padded(torch.cat([self.query(asked), self.key_value(rows)], dim=1), real)
-        q, k, v = (split_heads(t, self.heads) for t in qkv.chunk(3, dim=-1))
-        interest = self.out(real_rows(merge_heads(attend(q, k, v, causal_mask(real))), real))
+        interest = self.out(attend_rows(self.query(asked), self.key_value(rows), real, causal_mask(real), self.heads))
         state: Tensor = self.norm(padded(rows + self.dropout(interest), real))
         return state
 
@@ -214,7 +212,7 @@ class CDSRNP(Recommender):
         if z is None and self.latent is not None:
             z = self.distributions(batch, h)[1].sample() if self.training else self.prior_mean()
         a, b = self.decode(batch, h, z)
-        return (a, b) if self.training else (batch.a.newest(a), batch.b.newest(b))
+        return (a, b) if batch.training else (batch.a.newest(a), batch.b.newest(b))
 
     def encode(self, batch: Batch) -> States:
         """Rows of the two domains after the sequence encoders, zero at pads."""
@@ -222,12 +220,12 @@ class CDSRNP(Recommender):
             self.dropout(h * self.config.dim**0.5 + position(s.recency))
             for h, s, position in zip(self.embedded(*batch.domains), batch.domains, self.position, strict=True)
         )
-        a, b = self.gca(0, (a, b), batch)
+        a, b = self.gca(EARLY, (a, b), batch)
         a, b = (
             encoder(h, s.mask, causal_mask(s.mask))
             for encoder, h, s in zip(self.encoder, (a, b), batch.domains, strict=True)
         )
-        return self.gca(1, (a, b), batch)
+        return self.gca(MID, (a, b), batch)
 
     def distributions(self, batch: Batch, h: States) -> tuple[Gaussian, Gaussian]:
         """Prior, given a random part of the support, and posterior, given that and the batch's users."""
@@ -258,7 +256,7 @@ class CDSRNP(Recommender):
     def decode(self, batch: Batch, h: States, z: Float[Tensor, " latent"] | None) -> States:
         """The state of every row of the two domains, given z."""
         a, b = (decode(x, s.mask, z) for decode, x, s in zip(self.decoder, h, batch.domains, strict=True))
-        return self.gca(2, (a, b), batch)
+        return self.gca(LATE, (a, b), batch)
 
     def loss(self, batch: Batch, negatives: Tensor) -> dict[str, Tensor]:
         """Loss of each domain, and `"kl"` unless latent is 0."""

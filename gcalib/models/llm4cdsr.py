@@ -43,11 +43,11 @@ from torch import Tensor, nn
 
 from gcalib.attention import causal_mask
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch, Stream, rows_at
+from gcalib.data.batches import Batch, Stream, items_of, rows_at
 from gcalib.data.pair import Pair
 from gcalib.data.text import TextVectors, text_vectors
 from gcalib.layers import Dropout, TransformerEncoder
-from gcalib.models.base import CrossDomainAttention, Recommender, States, start_small
+from gcalib.models.base import EARLY, LATE, MID, CrossDomainAttention, Recommender, States, start_small
 from gcalib.models.losses import (
     binary_cross_entropy,
     draw_negatives,
@@ -59,7 +59,6 @@ from gcalib.models.losses import (
 )
 
 LAYERS = 2
-LATE = 2
 ALPHA = BETA = 0.1  # weights of the two contrasts, as published
 
 
@@ -83,7 +82,7 @@ class LLM4CDSR(Recommender):
         d, w = config.dim, vectors.items.shape[1]
         self.text_facts = vectors.facts()
         self.official = "official_attention" in config.published
-        self.keep_last_item = bool({0, 1} & set(config.gca))
+        self.keep_last_item = bool({EARLY, MID} & set(config.gca))
 
         # Frozen, and known from the data: neither parameters nor part of a checkpoint.
         padding = np.zeros((1, w), dtype=np.float32)
@@ -107,7 +106,7 @@ class LLM4CDSR(Recommender):
 
     def forward(self, batch: Batch) -> States:
         x, a, b = self.streams(batch, self.adapted(batch.mixed.items))
-        if not self.training:
+        if not batch.training:
             x, a, b = (s.newest(h) for s, h in zip((batch.mixed, *batch.domains), (x, a, b), strict=True))
             return torch.cat([x, a], dim=2), torch.cat([x, b], dim=2)
         return self.joined(x, a, batch.a), self.joined(x, b, batch.b)
@@ -120,14 +119,14 @@ class LLM4CDSR(Recommender):
             self.placed(s, e * self.config.dim**0.5, stream)
             for s, e, stream in zip("ab", self.embedded(*batch.domains), batch.domains, strict=True)
         )
-        a, b = self.gca(0, (a, b), batch)
+        a, b = self.gca(EARLY, (a, b), batch)
 
         # 2. one sequence encoder per stream; before a domain's first item its state is zero
         x, a, b = (
             self.encode(s, h, stream)
             for s, h, stream in zip("xab", (x, a, b), (batch.mixed, *batch.domains), strict=True)
         )
-        a, b = self.gca(1, (a, b), batch)
+        a, b = self.gca(MID, (a, b), batch)
         a, b = self.gca(LATE, (a, b), batch, of_predictions=True)
         return x, a, b
 
@@ -157,8 +156,7 @@ class LLM4CDSR(Recommender):
         return F.embedding(place, self.adapter(self.text_items[distinct]))
 
     def item_vectors(self, domain: int) -> Float[Tensor, "items two_dim"]:
-        nA, nB = self.num_items
-        rows = slice(1, 1 + nA) if domain == 0 else slice(1 + nA, 1 + nA + nB)
+        rows = items_of(self.num_items, domain)
         return torch.cat([self.adapter(self.text_items[rows]), self.item.weight[rows]], dim=1)
 
     def negatives(self, batch: Batch, rng: np.random.Generator) -> Int[Tensor, " drawn"]:

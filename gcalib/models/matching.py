@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from gcalib.config import RunConfig
+from gcalib.config import MODEL_NAMES, RunConfig
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
@@ -46,6 +46,12 @@ CPU_ATTENTION_FLOPS = {
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
+
+
+def register(name: str, kind: type[Recommender]) -> None:
+    """Make a model of one's own known, so that `RunConfig(model=name)` names it."""
+    MODELS[name] = kind
+    MODEL_NAMES.add(name)
 
 
 def build_model(config: RunConfig, pair: Pair) -> Recommender:
@@ -95,7 +101,7 @@ def sizes(config: RunConfig, pair: Pair) -> dict[str, int]:
         return parameter_counts(build_model(config, pair))
 
 
-def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 0) -> int:
+def flops_per_step(model: Recommender, pair: Pair, batch_size: int) -> int:
     """Floating-point operations of the matrix products and attention of one training step, forward and backward.
 
     Counted by torch on one batch of users spread evenly over all lengths, on the device that holds the model. The
@@ -106,12 +112,12 @@ def flops_per_step(model: Recommender, pair: Pair, batch_size: int, seed: int = 
     size = min(batch_size, pair.num_users)
     users = np.argsort(training.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
     batch = model.collate([training.history(user) for user in users], pair, training=True, users=users)
-    negatives = model.negatives(batch, np.random.default_rng(seed)).to(device)
+    negatives = model.negatives(batch, np.random.default_rng(0)).to(device)
     was_training = model.training
     model.train()
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), counter:
-        torch.manual_seed(seed)  # a model may draw which users it reads, and the count should not depend on the process
+        torch.manual_seed(0)  # a model may draw which users it reads, and the count should not depend on the process
         torch.stack(list(model.loss(batch.to(device), negatives).values())).sum().backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     model.train(was_training)

@@ -57,7 +57,7 @@ class SASRec(Recommender):
 
     def forward(self, batch: Batch) -> States:
         a, b = (self.encode(stream, number) for number, stream in enumerate(batch.domains))
-        return (a, b) if self.training else (batch.a.newest(a), batch.b.newest(b))
+        return (a, b) if batch.training else (batch.a.newest(a), batch.b.newest(b))
 
 
 class MixedSASRec(SASRec):
@@ -68,7 +68,7 @@ class MixedSASRec(SASRec):
 
     def forward(self, batch: Batch) -> States:
         h = self.encode(batch.mixed, 0)
-        if not self.training:
+        if not batch.training:
             return batch.mixed.newest(h), batch.mixed.newest(h)
         a, b = (rows_at(h, stream.query_position.clamp(min=0)) for stream in batch.domains)
         return a, b
