@@ -6,32 +6,15 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 import yaml
 from pydantic import ValidationError
-from typer.core import TyperGroup
 
 from gcalib.config import Profile, RunConfig, faults
 
-INTERRUPTED = 130  # exit code: 128 and the number of the signal
-
-
-class _Commands(TyperGroup):
-    """The commands, of which each answers Ctrl-C with a sentence, as typer does not."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            typer.echo(str(error) or "Interrupted.", err=True)
-            sys.exit(INTERRUPTED)
-
-
-app = typer.Typer(
-    cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Store = Annotated[str, typer.Option(help="folder of the run store")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 ProfileName = Annotated[str, typer.Option(help="a profile of params/, by name or file")]
@@ -47,11 +30,8 @@ def pairs(
 
     frame = report(download=download, verify=verify)
     typer.echo(frame.drop(columns="problem").dropna(axis="columns", how="all").to_string(index=False))
-    missing = frame["found"] == "missing"
-    for problem in frame.loc[~missing & frame["problem"].ne(""), "problem"]:
+    for problem in frame.loc[frame["found"].ne("missing") & frame["problem"].ne(""), "problem"]:
         typer.echo(problem)
-    if missing.any():
-        typer.echo("`gcalib pairs --download` fetches what is public; load_pair says of a pair what else it needs.")
     raise typer.Exit(int(frame["verified"].eq(False).any()))
 
 
@@ -68,13 +48,8 @@ def run(
     """Train and measure one config, or show its record if the store has it."""
     from gcalib.experiments import run as run_config
 
-    try:
-        fields = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in setting or [])}
-        config = RunConfig(**{"pair": pair, **fields})
-    except yaml.YAMLError:
-        raise ValueError(f"--set {' --set '.join(setting or [])}: write key=value with a YAML value.") from None
-    except ValidationError as error:
-        raise ValueError(f"The run cannot be set so: {faults(error)}.") from None
+    fields = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in setting or [])}
+    config = RunConfig(**{"pair": pair, **fields})
     for key, value in run_config(config, store, device=device, keep_model=keep_model).items():
         typer.echo(f"{key:40s} {value:.6g}" if isinstance(value, float) else f"{key:40s} {value}")
 
@@ -83,9 +58,9 @@ def run(
 def grid(
     profile: ProfileName,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default the profile's")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray for a cluster (RAY_ADDRESS)")] = "local",
-    cpus: Annotated[float | None, typer.Option(help="ray: cores that a run needs; default 1")] = None,
-    gpus: Annotated[float | None, typer.Option(help="ray: GPUs that a run needs, such as 0.25; default 0")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="ray: the cluster of RAY_ADDRESS")] = "local",
+    cpus: Annotated[float, typer.Option(help="ray: cores that a run needs")] = 1,
+    gpus: Annotated[float, typer.Option(help="ray: GPUs that a run needs, such as 0.25")] = 0,
     gather: Annotated[bool, typer.Option("--gather", help="ray: the nodes do not see the store")] = False,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what is left, run nothing")] = False,
@@ -93,22 +68,16 @@ def grid(
     """Run the grid of a profile: what is stored is not run again, what was interrupted goes on."""
     from gcalib.experiments import plan, run_grid
 
-    asked = _profile(profile)
+    asked = Profile.load(profile)
     configs, workers = asked.grid_configs(), workers or asked.workers
     left = plan(configs, asked.store)
-    unknown = f", {left['unknown']} of them like no stored run and not counted" if left["unknown"] else ""
     hours = f"{left['hours']:.1f} hours of one process, {left['hours'] / workers:.1f} with {workers}"
-    typer.echo(f"{left['runs']} runs, {left['left']} of them left{unknown}: about {hours}.")
+    typer.echo(f"{left['left']} of {left['runs']} runs left: {hours}; {left['unknown']} without a comparable record.")
     if not dry_run:
-        cluster = {name: value for name, value in (("cpus", cpus), ("gpus", gpus), ("gather", gather)) if value}
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's word for Ctrl-C
-        run_grid(configs, asked.store, engine=engine, workers=workers, device=device, **cluster)  # type: ignore[arg-type]
-
-
-def _profile(name: str) -> Profile:
-    """A profile by its name, or the file at a path."""
-    path = Path(name)
-    return Profile.load(path.stem, path.parent) if path.suffix == ".yaml" and path.is_file() else Profile.load(name)
+        run_grid(
+            configs, asked.store, engine=engine, workers=workers, device=device, cpus=cpus, gpus=gpus, gather=gather
+        )
 
 
 @app.command()
@@ -128,8 +97,7 @@ def notebooks(
         wrong = [sentence for path in paths for sentence in publish.faults(path)]
         typer.echo("\n".join(wrong) or f"{len(paths)} notebooks, nothing wrong")
         raise typer.Exit(bool(wrong))
-    # a notebook reads its profile by name, from params/
-    named = None if in_place else Profile.load(Path(profile).stem).profile
+    named = None if in_place else Profile.load(profile).profile
     outcomes = []
     for outcome in publish.execute(paths, None if in_place else out, named, resume=resume):
         outcomes.append(outcome)
@@ -164,9 +132,9 @@ def results(store: Store = "results") -> None:
     has_gate = frame["gca"].map(len).gt(0) & frame["match"].eq("")
     frame[["gate", "heads"]] = frame[["gate", "heads"]].astype("object").where(has_gate, "")
     frame["gca"] = frame["gca"].map(lambda points: "+".join(map(str, points)))
-    keys = ["pair", "model", "gca", "match", "gate", "heads", "dim", "seed"]
+    keys = ["pair", "model", "gca", "match", "dim", "seed"]
     figures = [name for name in ("test.a.full.ndcg@10", "test.b.full.ndcg@10") if name in frame]
-    shown = frame.sort_values([*keys[:4], "dim", "seed"])[["run_id", *keys, "best_epoch", *figures]]
+    shown = frame.sort_values(keys)[["run_id", *keys, "gate", "heads", "best_epoch", *figures]]
     typer.echo(shown.to_string(index=False, float_format="{:.4f}".format))
 
 
@@ -184,8 +152,9 @@ def main() -> None:
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(" ".join(str(error).split()), err=True)
+    except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
+        sentence = faults(error) if isinstance(error, ValidationError) else str(error)
+        typer.echo(" ".join(sentence.split()), err=True)
         sys.exit(2)
 
 

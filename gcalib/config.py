@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import types
-from collections.abc import Iterable, Mapping
-from numbers import Integral
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,10 +17,11 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 PARAMS = Path("params")
 
-ModelName = Literal["abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed", "popularity", "markov", "item-knn"]
 Published = Literal["official_attention", "pads_as_targets", "shuffled_batches", "exclude_history_negatives"]
 
 TRAINED = ("abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
+BUILT_IN = (*TRAINED, "popularity", "markov", "item-knn")
+MODEL_NAMES = set(BUILT_IN)  # and those of `gcalib.models.matching.register`
 READ_BY: dict[str, tuple[str, ...]] = {
     "domain_rank": ("abxi",),
     "invariant_rank": ("abxi",),
@@ -56,8 +56,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     min_per_domain: int | None = Field(None, ge=0, description="events of a user in each domain; 0: one is enough")
 
     # model
-    model: ModelName = "abxi"
-    gca: tuple[int, ...] = Field((), description="insertion points of gated cross-attention; () is the plain model")
+    model: str = Field("abxi", description="one of `MODEL_NAMES`")
+    gca: tuple[Literal[0, 1, 2], ...] = Field((), description="gated cross-attention early, mid, late; () is plain")
     gate: Literal["sigmoid", "tanh"] = "sigmoid"
     heads: int = Field(4, ge=1, description="heads of the gated cross-attention")
     dim: int = Field(64, ge=2, description="width d of item embeddings and states")
@@ -88,34 +88,24 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     published: tuple[Published, ...] = Field((), description="what official code does and the study does not")
     seed: int = Field(0, ge=0, lt=2**63)
 
-    @field_validator("gca", mode="before")
+    @field_validator("gca", "published")
     @classmethod
-    def _insertion_points(cls, value: Any) -> Any:
-        points = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-        if not all(isinstance(point, Integral) and not isinstance(point, bool) for point in points):
-            raise ValueError(f"an insertion point or a list of them is needed, such as 0 or [0, 1], got {value!r}")
-        if len(set(points)) != len(points):
-            raise ValueError(f"each insertion point may be named once, got {tuple(points)}")
-        return tuple(sorted(map(int, points)))
-
-    @field_validator("published", mode="after")
-    @classmethod
-    def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(sorted(set(value)))
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.model not in MODEL_NAMES:
+            raise ValueError(f"model={self.model!r} is unknown; the models are {', '.join(sorted(MODEL_NAMES))}")
         for name, heads in (("heads", self.heads if self.gca else 1), ("self_heads", self.self_heads)):
             if self.dim % heads:
                 raise ValueError(f"{name}={heads} does not divide dim={self.dim}; {name} may be {divisors(self.dim)}")
-        if set(self.gca) - {0, 1, 2}:
-            raise ValueError(f"gca={self.gca}: the insertion points are 0 (early), 1 (mid) and 2 (late)")
         if self.match and not self.gca:
             raise ValueError(f"match={self.match!r} needs gca, the cross-attention whose size the baseline is given")
         for name, models in READ_BY.items():
             field = type(self).model_fields.get(name)
             is_set = getattr(self, name) != field.default if field else name in self.published
-            if is_set and self.model not in models:
+            if is_set and self.model in BUILT_IN and self.model not in models:
                 raise ValueError(f"{name} is read by {', '.join(models)} only, not by {self.model}: leave it out")
         return self
 
@@ -128,10 +118,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
         A plain model and a parameter-matched one have no gate, and the cosine schedule has no patience.
         """
-        idle: tuple[str, ...] = ("plateau_patience", "stop_patience") if self.schedule == "cosine" else ()
-        if not self.gca or self.match:
-            idle += ("gate", "heads")
-        return self.replace(**{name: type(self).model_fields[name].default for name in idle})
+        idle = {"plateau_patience", "stop_patience"} if self.schedule == "cosine" else set()
+        idle |= {"gate", "heads"} if not self.gca or self.match else set()
+        return RunConfig(**self.model_dump(exclude=idle))
 
 
 def divisors(number: int) -> str:
@@ -154,7 +143,7 @@ def run_id(config: RunConfig, data_sha256: str, results_version: int) -> str:
 class Rule(BaseModel, frozen=True, extra="forbid"):
     """Settings of a profile for one model, one pair, or both: those that were found to suit them."""
 
-    model: ModelName | None = None
+    model: str | None = None
     pair: str | None = None
     settings: dict[str, Any] = Field(description="RunConfig fields")
 
@@ -162,7 +151,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
 class Block(BaseModel, frozen=True, extra="forbid"):
     """A part of a profile's grid: every model on every pair in every variant with every seed."""
 
-    models: tuple[ModelName, ...] = Field(("abxi",), min_length=1)
+    models: tuple[str, ...] = Field(("abxi",), min_length=1)
     pairs: tuple[str, ...] = Field((), description="without any, the profile's pair")
     variants: tuple[dict[str, Any], ...] = Field(({},), min_length=1, description="RunConfig fields, a run each")
     seeds: tuple[int, ...] = Field((), description="without any, the profile's seeds")
@@ -182,22 +171,6 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
     settings: dict[str, Any] = Field(default_factory=dict, description="RunConfig fields of every run")
     rules: tuple[Rule, ...] = Field((), description="RunConfig fields of some models or pairs")
     grid: tuple[Block, ...] = Field((), description="runs of `gcalib grid`")
-
-    @model_validator(mode="after")
-    def _settings_are_valid(self) -> Self:
-        named = {"pair", "seed"} & set(self.settings)
-        named |= {"pair", "seed", "model"} & {name for rule in self.rules for name in rule.settings}
-        if named:
-            raise ValueError(f"settings may not hold {', '.join(sorted(named))}: a profile names those elsewhere")
-        try:
-            self.config()
-            for rule in self.rules:
-                self.config(**rule.model_dump(include={"model", "pair"}, exclude_none=True))
-            self.grid_configs()
-        except ValidationError as error:
-            allowed = ", ".join(name for name in RunConfig.model_fields if name not in ("pair", "seed"))
-            raise ValueError(f"{faults(error)}; settings may hold {allowed}") from None
-        return self
 
     def config(self, **changes: Any) -> RunConfig:
         """A `RunConfig` of this profile: its settings, the rules that hold for the model and pair, then `changes`."""
@@ -226,7 +199,7 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def load(cls, name: str, folder: Path | None = None, **overrides: Any) -> Profile:
-        """Read `params/<name>.yaml` and lay `overrides` on top.
+        """Read the profile `name`, or the file of that name if it ends in .yaml, and lay `overrides` on top.
 
         Parameters
         ----------
@@ -238,8 +211,9 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
         ValueError
             For a profile that does not exist (the message lists those that do), an unknown key, a bad value.
         """
-        if folder is None:
-            folder = PARAMS if PARAMS.is_dir() else Path(__file__).parents[1] / PARAMS
+        if name.endswith(".yaml"):
+            folder, name = Path(name).parent, Path(name).stem
+        folder = folder or (PARAMS if PARAMS.is_dir() else Path(__file__).parents[1] / PARAMS)
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         if name not in known:
             raise ValueError(f"There is no profile {name!r} in {folder}; there are {', '.join(known) or 'none'}.")
@@ -247,24 +221,24 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
         try:
             values = yaml.safe_load(path.read_text()) or {}
             profile = cls(**{**values, "profile": name, **overrides})
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ValueError(f"{path}, line {line}, is no YAML: {error.problem}.") from None
-        except TypeError:
-            raise ValueError(f"{path} must hold parameters, one 'name: value' a line.") from None
+            names = {*profile.settings, *(name for rule in profile.rules for name in rule.settings)}
+            if names & {"pair", "seed"}:
+                raise ValueError(f"{path}: settings may not hold pair or seed, which a profile names elsewhere.")
+            for rule in (Rule(settings={}), *profile.rules):
+                profile.config(**rule.model_dump(include={"model", "pair"}, exclude_none=True))
+            profile.grid_configs()
+        except (yaml.YAMLError, TypeError) as error:
+            raise ValueError(f"{path} must hold lines 'name: value': {' '.join(str(error).split())}.") from None
         except ValidationError as error:
-            allowed = ", ".join(cls.model_fields)
-            raise ValueError(f"Bad parameters: {faults(error)}. The parameters are {allowed}.") from None
+            allowed = (cls if error.title == cls.__name__ else RunConfig).model_fields
+            raise ValueError(f"Bad parameters: {faults(error)}. They may be {', '.join(allowed)}.") from None
         return profile.model_copy(update={"store": str(folder.parent / profile.store)})
 
 
 def faults(error: ValidationError) -> str:
     """What pydantic found wrong, in one line."""
-    tuples = {"tuple_type": "Input should be a list, such as [0, 1]"}  # which is how YAML and notebooks write them
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {tuples.get(fault['type'], fault['msg'])}"
-        for fault in error.errors()
-    )
+    found = ((".".join(map(str, fault["loc"])) or "settings", fault["msg"]) for fault in error.errors())
+    return "; ".join(f"{where}: {what}" for where, what in found).replace("valid tuple", "list, such as [0, 1]")
 
 
 def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None) -> Profile:
@@ -282,9 +256,9 @@ def notebook_parameters(namespace: Mapping[str, Any], folder: Path | None = None
     if any(isinstance(value, Profile) for value in namespace.values()):
         raise ValueError("This kernel has read its parameters already: for others, run all cells in a new kernel.")
     ipython = {"In", "Out", "exit", "quit", "open", "get_ipython", "display"}
-    code = (types.ModuleType, type, types.FunctionType)
+    code = types.ModuleType | type | types.FunctionType | None
     names = [name for name in namespace if not name.startswith("_") and name not in ipython]
-    given = {name: namespace[name] for name in names if not isinstance(namespace[name], (*code, types.NoneType))}
+    given = {name: namespace[name] for name in names if not isinstance(namespace[name], code)}
     if "profile" not in given:
         raise ValueError("The parameters cell must set profile, the name of a file in params/.")
     return Profile.load(given.pop("profile"), folder, **given)

@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from gcalib.attention import GatedCrossAttention
-from gcalib.cluster import outcomes, share
+from gcalib.cluster import run_in_processes, run_on_ray
 from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import load_pair
@@ -29,17 +29,17 @@ from gcalib.store import RESULTS_VERSION, RunStore, trace, write
 from gcalib.training import fit, pick_device
 
 log = logging.getLogger("gcalib")
+ByConfig = dict[RunConfig, str]
 DRAWS = 4  # re-initialised cross-attentions that a null level is the mean of
 
 
 class GridError(RuntimeError):
-    """Some runs of a grid failed; the others, if any, are stored. `failures` says why, by config."""
+    """Some runs of a grid failed; the others are stored. `failures` says why, by config."""
 
-    def __init__(self, failures: dict[RunConfig, str], stored: int) -> None:
+    def __init__(self, failures: ByConfig, asked: int) -> None:
         self.failures = failures
-        others = "the others are stored" if stored else "and there were no others"
         lines = (f"{config.model_dump(exclude_defaults=True)}: {error}" for config, error in failures.items())
-        super().__init__(f"{len(failures)} run(s) failed, {others}. " + " | ".join(lines))
+        super().__init__(f"{len(failures)} of {asked} runs failed, the others are stored. " + " | ".join(lines))
 
 
 _pair = functools.lru_cache(maxsize=4)(load_pair)
@@ -54,21 +54,14 @@ def pair_of(config: RunConfig, download: bool = True) -> Pair:
 
 
 def run(
-    config: RunConfig,
-    store: str | Path = "results",
-    *,
-    device: str = "auto",
-    wait: bool = True,
-    keep_model: bool = False,
+    config: RunConfig, store: str | Path = "results", *, device: str = "auto", keep_model: bool = False
 ) -> dict[str, Any]:
     """Train, evaluate and measure one config, or fetch its record if the store has it.
 
-    An interrupted run resumes from its checkpoint.
+    An interrupted run resumes from its checkpoint. One that another process works on is waited for.
 
     Parameters
     ----------
-    wait
-        Whether to wait for another process that works on the run, or to raise `BusyError`.
     keep_model
         Keep the weights for `load_model`; a run that is stored without them is trained again.
 
@@ -85,16 +78,10 @@ def run(
     """
     config, runs = config.canonical(), RunStore(store)
     name = _name(config, runs, download=True)
-
-    def is_missing() -> bool:
-        return runs.get(name) is None or (keep_model and not runs.model_path(name).exists())
-
-    if is_missing():
-        with runs.lock(name, wait=wait):
-            if is_missing():
-                _complete(config, name, runs, device, keep_model)
-    record = runs.get(name)
-    assert record is not None
+    if keep_model or runs.get(name) is None:
+        with runs.lock(name):
+            train_and_store(config, name, runs, device, keep_model)
+    record = runs.records([name])[name]
     trace([record])
     return record
 
@@ -108,10 +95,9 @@ def load_model(run_id: str, store: str | Path = "results") -> Recommender:
         If the store has no such run or not its weights, or if this machine has another version of its data.
     """
     runs = RunStore(store)
-    if (record := runs.get(run_id)) is None:
-        raise ValueError(f"{runs.folder} holds no run {run_id!r}.")
-    if not (path := runs.model_path(run_id)).exists():
-        raise ValueError(f"The weights of {run_id} are not stored: gcalib.run(config, keep_model=True) keeps them.")
+    record, path = runs.get(run_id), runs.path("models", run_id)
+    if record is None or not path.exists():
+        raise ValueError(f"{store} holds no weights of run {run_id!r}: gcalib.run(config, keep_model=True) keeps them.")
     config = RunConfig(**{name: record[name] for name in RunConfig.model_fields})
     if (pair := pair_of(config)).sha256 != record["data_sha256"]:
         raise ValueError(f"{run_id} was trained on another version of {config.pair} than is on this machine.")
@@ -122,28 +108,22 @@ def load_model(run_id: str, store: str | Path = "results") -> Recommender:
 
 def _name(config: RunConfig, runs: RunStore, *, download: bool) -> str:
     """The run's id. What is stored is found without its data; DataError if it is not, and the data is not here."""
-    try:
-        data_sha256 = pair_of(config, download=False).sha256
-    except DataError:
-        if record := runs.find(config):
-            return str(record["run_id"])
-        data_sha256 = pair_of(config, download).sha256
-    return run_id(config, data_sha256, RESULTS_VERSION)
+    with suppress(DataError):
+        return run_id(config, pair_of(config, download=False).sha256, RESULTS_VERSION)
+    return runs.find(config) or run_id(config, pair_of(config, download).sha256, RESULTS_VERSION)
 
 
-def _complete(config: RunConfig, name: str, runs: RunStore, device: str, keep_model: bool = False) -> None:
-    """Train, evaluate, measure and store a run that this process has locked."""
-    stored, pair, target = runs.get(name), pair_of(config), pick_device(device)
-    if stored:
-        log.info("%s is stored without its weights: it is trained again to keep them.", name)
-    _reset_peak_memory(target)
-    done = fit(config, pair, device=target, checkpoint=runs.checkpoint_path(name))
+def train_and_store(config: RunConfig, name: str, runs: RunStore, device: str, keep_model: bool = False) -> None:
+    """Train, evaluate, measure and store a run that this process has locked, if another has not just done so."""
+    stored, checkpoint, weights = runs.get(name), runs.path("checkpoints", name), runs.path("models", name)
+    if stored and (weights.exists() or not keep_model):
+        return
+    pair, target = pair_of(config), pick_device(device)
+    done = fit(config, pair, device=target, checkpoint=checkpoint)
     model = done.model
-    figures: dict[str, float] = {}
+    figures = _untrained_cosines(model, config, pair) if config.gca and not config.match else {}
     for split in ("val", "test"):
         figures |= {f"{split}.{key}": value for key, value in evaluate(model, pair, split).items()}
-    if config.gca and not config.match:
-        figures |= _untrained_cosines(model, config, pair)
     record = {
         "run_id": name,
         **config.model_dump(),
@@ -167,26 +147,16 @@ def _complete(config: RunConfig, name: str, runs: RunStore, device: str, keep_mo
     }
     if keep_model:
         state = {key: value.cpu().contiguous().clone() for key, value in model.state_dict().items()}
-        write(runs.model_path(name), safetensors.torch.save(state))
+        write(weights, safetensors.torch.save(state))
     if stored is None or stored["results_version"] != RESULTS_VERSION:
         runs.put(record, done.curves)
-    runs.checkpoint_path(name).unlink(missing_ok=True)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        with suppress(OSError):  # some containers forbid it: then the peak is the process's so far
-            Path("/proc/self/clear_refs").write_text("5")  # forget the process's earlier peak
+    checkpoint.unlink(missing_ok=True)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or of this process since the run began (since it began itself, outside Linux)."""
+    """Bytes that this process has used at most, of the GPU or of main memory."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    if sys.platform == "linux":
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -222,7 +192,9 @@ def run_grid(
     engine: Literal["local", "ray"] = "local",
     workers: int = 1,
     device: str = "auto",
-    **cluster: Any,
+    cpus: float = 1,
+    gpus: float = 0,
+    gather: bool = False,
 ) -> pd.DataFrame:
     """Run every config that the store does not hold; return all their records, one row each, in the order given.
 
@@ -235,22 +207,18 @@ def run_grid(
         `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install -e '.[cluster]'`).
     workers
         Local processes; they share the machine's cores evenly.
-    cluster
-        With `engine="ray"`, see `gcalib.cluster.outcomes`: `cpus`, `gpus`, `gather`, `address`.
+    cpus, gpus, gather
+        Read by `engine="ray"` only, see `gcalib.cluster.run_on_ray`.
 
     Raises
     ------
     GridError
         After all other runs have finished, if some failed.
     ValueError
-        For no configs, an unknown engine or an argument it does not take, or a device that is not there.
+        For no configs, an unknown engine, or a device that is not there.
     """
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r} is unknown; the engines are local and ray.")
-    if engine == "local" and cluster:
-        raise ValueError(f"{', '.join(sorted(cluster))}: read by engine='ray' only.")
-    if workers < 1:
-        raise ValueError(f"workers={workers}: it must be 1 or more.")
     if engine == "local" or not device.startswith("cuda"):  # which the nodes of a cluster may have
         pick_device(device)
     asked = [config.canonical() for config in configs]
@@ -262,29 +230,23 @@ def run_grid(
     todo = {name: config for config, name in names.items() if name not in stored}
     try:
         if engine == "local" and todo:
-            failed = share(_complete, todo, runs, min(workers, len(todo)), device)
+            failed = run_in_processes(train_and_store, todo, runs, min(workers, len(todo)), device)
             failures |= {todo[name]: error for name, error in failed.items()}
         elif engine == "ray" and (todo or failures):  # the nodes may have data that is not here
             waiting, failures = [*todo.values(), *failures], {}
-            for config, name, error in outcomes(run, waiting, runs, device=device, **cluster):
+            for config, name, error in run_on_ray(run, waiting, runs, device, cpus, gpus, gather):
                 (failures if error else names)[config] = error or name
     except KeyboardInterrupt:
-        said = "Interrupted: what was finished is stored, what was running resumes from its last checkpoint."
-        raise KeyboardInterrupt(said) from None
+        log.warning("Interrupted: what was finished is stored, what was running resumes from its last checkpoint.")
+        raise
     if failures:
-        raise GridError(failures, len(set(asked)) - len(failures))
-    frame = runs.frame([names[config] for config in asked])
-    trace(frame)
-    return frame
+        raise GridError(failures, len(set(asked)))
+    return runs.frame([names[config] for config in asked])
 
 
-def _names(
-    configs: Iterable[RunConfig], runs: RunStore, *, download: bool
-) -> tuple[dict[RunConfig, str], dict[RunConfig, str]]:
+def _names(configs: Iterable[RunConfig], runs: RunStore, *, download: bool) -> tuple[ByConfig, ByConfig]:
     """Run ids by config; and, of those whose data is not here, what is wrong with it."""
-    names: dict[RunConfig, str] = {}
-    failures: dict[RunConfig, str] = {}
-    lost: dict[str, str] = {}
+    names, failures, lost = ByConfig(), ByConfig(), dict[str, str]()
     for config in dict.fromkeys(configs):
         try:
             names[config] = _name(config, runs, download=download and config.pair not in lost)
@@ -293,23 +255,19 @@ def _names(
     return names, failures
 
 
-def plan(configs: Sequence[RunConfig], store: str | Path = "results") -> dict[str, float]:
-    """What a grid still has to do, for `--dry-run`.
+def plan(configs: Iterable[RunConfig], store: str | Path = "results") -> dict[str, float]:
+    """What a grid still has to do: `runs`, how many of them are `left`, and the `hours` of one process that these take.
 
-    Returns
-    -------
-    dict
-        `runs`; `left`, those not stored; `hours` that these take in one process, at the mean seconds of stored runs of
-        their model, pair and width, or else of their model; `unknown`, how many of them have no such run to go by.
+    That is at the mean seconds of stored runs of their model, pair and width; `unknown` of them are like no stored run
+    and are not counted.
     """
     runs = RunStore(store)
     asked = dict.fromkeys(config.canonical() for config in configs)
     names, _ = _names(asked, runs, download=False)
     done = runs.frame()
-    known: dict[Any, float] = {}
-    for columns in ("model", ["model", "pair", "dim"]) if len(done) else ():
-        known |= done.groupby(columns)["seconds"].mean().to_dict()
-    left = [config for config in asked if done.empty or names.get(config) not in set(done["run_id"])]
-    seconds = [known.get((c.model, c.pair, c.dim), known.get(c.model)) for c in left]
-    hours = sum(second or 0.0 for second in seconds) / 3600
+    mean = done.groupby(["model", "pair", "dim"])["seconds"].mean().to_dict() if len(done) else {}
+    stored = set(runs.names())
+    left = [config for config in asked if names.get(config) not in stored]
+    seconds = [mean.get((config.model, config.pair, config.dim)) for config in left]
+    hours = sum(filter(None, seconds)) / 3600
     return {"runs": len(asked), "left": len(left), "hours": hours, "unknown": seconds.count(None)}

@@ -22,7 +22,7 @@ def pair_of(rows: list[list[int]], num_items: tuple[int, int], has_global_order:
     lengths = [len(row) for row in rows]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     times = np.full(sum(lengths), -1)
-    return Pair("tiny", ("a", "b"), np.concatenate(rows), times, offsets, num_items, has_global_order, "shuffle")
+    return Pair("tiny", ("a", "b"), np.concatenate(rows), times, offsets, num_items, has_global_order)
 
 
 # Items 1 to 4 are of A, 5 to 8 of B. Training histories end two events before the end of each row.

@@ -40,7 +40,7 @@ def pair_of(rows: list[list[int]], has_global_order: bool = True) -> Pair:
     lengths = [len(row) for row in rows]
     return Pair(
         "open", ("a", "b"), np.concatenate(rows), np.arange(sum(lengths)), np.concatenate([[0], np.cumsum(lengths)]),
-        (60, 70), has_global_order, "published",
+        (60, 70), has_global_order,
     )  # fmt: skip
 
 

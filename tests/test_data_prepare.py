@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.prepare import Events, Options, clean, finish, match
@@ -31,24 +29,9 @@ def one_user(items: list[int], times: list[int]) -> pd.DataFrame:
 
 def test_repeats_keep_the_first_event():
     events = [(0, 1, 5), (0, 1, 5), (0, 2, 6), (0, 1, 9), (1, 1, 5), (1, 7, -1), (1, 7, -1)]
-    kept, counts = clean(table(*events), 6, k_core=1)
+    kept, counts = clean(table(*events))
     assert list(kept.itertuples(index=False, name=None)) == [(0, 1, 5), (0, 2, 6), (1, 1, 5), (1, 7, -1)]
-    assert counts == {"duplicate_events": 1, "repeated_events": 2, "events_below_k_core": 0}
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 12)), min_size=1, max_size=60), st.integers(1, 4))
-def test_k_core_is_the_largest_subset_with_k_of_everything(edges, k):
-    kept, counts = clean(table(*((user, item, 0) for user, item in sorted(set(edges)))), 6, k)
-    left = set(edges)
-    while weak := [  # one at a time: slow, and plainly right
-        (u, i)
-        for u, i in left
-        if sum(v == u and (j > 6) == (i > 6) for v, j in left) < k or sum(j == i for _, j in left) < k
-    ]:
-        left.remove(weak[0])
-    assert set(zip(kept["user"], kept["item"], strict=True)) == left
-    assert counts["events_below_k_core"] == len(set(edges)) - len(left)
+    assert counts == {"duplicate_events": 1, "repeated_events": 2}
 
 
 def test_ties_published_keep_the_order():
@@ -105,8 +88,13 @@ def test_minimum_of_zero_lets_in_users_of_one_domain():
 
 
 def test_minimum_that_leaves_nobody():
-    with pytest.raises(DataError, match="no user is left with 3 events in each domain.*users_below_minimum 2"):
+    with pytest.raises(DataError, match="toy: no event of a is left; users need 3 .*users_below_minimum 2.*Lower min"):
         done(TWO, min_per_domain=3)
+
+
+def test_minimum_that_leaves_one_domain_empty():
+    with pytest.raises(DataError, match="no event of b is left; users need 0 events in each domain, 4 in all"):
+        done(one_user([1, 2, 3, 4], [0, 1, 2, 3]), min_per_domain=0)
 
 
 @pytest.mark.parametrize(("has_global_order", "least"), [(True, 1), (False, 3)])
@@ -182,7 +170,6 @@ def test_match_lets_in_a_fixed_sample_of_users_of_one_domain():
     [
         ({"ties": "random"}, "ties='random' is unknown; it may be shuffle or published"),
         ({"max_length": 3}, "max_length=3 must be 4 or more"),
-        ({"k_core": 0}, "k_core=0 must be 1"),
         ({"min_per_domain": -1}, "min_per_domain=-1 must be 0"),
     ],
 )

@@ -120,7 +120,6 @@ def test_ratings_of_two_domains_count_what_is_dropped(tmp_path):
     assert {name: number for name, number in pair.counts.items() if number} == {
         "duplicate_events": 1, "repeated_events": 1, "users_in_one_domain": 1, "tied_events": 12,
     }  # fmt: skip
-    assert load_pair(folder, k_core=2).counts["events_below_k_core"] == 1
 
 
 def test_options_are_checked_before_anything_is_read():

@@ -115,18 +115,16 @@ def test_trained_model_is_the_one_that_was_measured(store: Path) -> None:
     assert scores.shape == (2, 1 + sum(pair.num_items)) and not model.training
 
 
-def test_model_that_was_not_kept_is_asked_for_and_trained_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_model_that_was_not_kept_is_asked_for_and_trained_again(tmp_path: Path) -> None:
     config = tiny_config(gca=(0,), match="network", dim=16)
     record = run(config, tmp_path)
-    with pytest.raises(ValueError, match=r"not stored: gcalib.run\(config, keep_model=True\) keeps them"):
+    with pytest.raises(
+        ValueError, match=r"holds no weights of run .*: gcalib.run\(config, keep_model=True\) keeps them"
+    ):
         load_model(record["run_id"], tmp_path)
-    with pytest.raises(ValueError, match="holds no run 'nothing'"):
+    with pytest.raises(ValueError, match="holds no weights of run 'nothing'"):
         load_model("nothing", tmp_path)
-    with caplog.at_level("INFO", "gcalib"):
-        assert run(config, tmp_path, keep_model=True) == record  # which stays as it was
-    assert "stored without its weights: it is trained again" in caplog.text
+    assert run(config, tmp_path, keep_model=True) == record  # which stays as it was
     assert load_model(record["run_id"], tmp_path).config.dim == record["match_dim"] > 16
 
 
@@ -150,7 +148,7 @@ def test_record_that_cannot_be_written_costs_no_training(tmp_path: Path, monkeyp
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
-def test_store_that_cannot_be_written_says_so_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_cannot_be_written_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = run(counted(), tmp_path)
 
     def read_only(*_: object, **__: object) -> None:
@@ -159,7 +157,7 @@ def test_store_that_cannot_be_written_says_so_before_training(tmp_path: Path, mo
     monkeypatch.setattr(gcalib.store.FileLock, "acquire", read_only)
     monkeypatch.setattr(gcalib.experiments, "fit", never)
     assert run(counted(), tmp_path) == stored  # what is stored can be read
-    with pytest.raises(OSError, match=r"cannot be written \(Read-only file system\), and run \w{16} is not in it"):
+    with pytest.raises(OSError, match="Read-only file system"):
         run(tiny_config(), tmp_path)
 
 

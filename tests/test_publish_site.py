@@ -147,7 +147,7 @@ def test_front_page_repeats_tagged_cells(books: list[Page], tmp_path: Path) -> N
 
 
 def test_committed_notebooks_tell_the_finding_in_one_figure_and_three_sentences() -> None:
-    books = [Page.read(path) for path in COMMITTED]
+    books = [Page(path.stem, nbformat.read(path, as_version=4)) for path in COMMITTED]
     assert [VEGALITE in data for book in books for data in book.outputs("front-figure")] == [True]
     assert ["text/markdown" in data for book in books for data in book.outputs("front")] == [True] * 3
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import Timeout
 
 import gcalib.store
 from gcalib.config import Profile, RunConfig, run_id
-from gcalib.store import RESULTS_VERSION, BusyError, RunStore, load_curves, load_results, record_sha256, write
+from gcalib.store import RESULTS_VERSION, RunStore, load_curves, load_results, record_sha256, write
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [
@@ -99,15 +100,15 @@ def test_run_in_both_places_counts_once(store: RunStore) -> None:
 
 def test_copy_under_another_name_counts_once(store: RunStore) -> None:
     name = store.names()[0]
-    copy = store.run_path(f"{name} (conflicted copy)")
-    copy.write_bytes(store.run_path(name).read_bytes())
+    copy = store.path("runs", f"{name} (conflicted copy)")
+    copy.write_bytes(store.path("runs", name).read_bytes())
     assert len(store.names()) == len(load_results(store.folder)) == store.compact() == 3
 
 
 def test_config_is_found_without_its_data(store: RunStore) -> None:
     for place in ("new", "merged"):
         runs = RunStore(store.folder)
-        assert [runs.find(config) for config in CONFIGS] == [record_of(config) for config in CONFIGS], place
+        assert [runs.find(config) for config in CONFIGS] == [record_of(config)["run_id"] for config in CONFIGS], place
         assert runs.find(CONFIGS[0].replace(seed=9)) is None
         store.compact()
     other = {"run_id": run_id(CONFIGS[0], "newer", RESULTS_VERSION), "data_sha256": "newer"}
@@ -155,7 +156,8 @@ def test_record_older_than_a_field_means_its_default(store: RunStore) -> None:
     before = hashes(store)[record["run_id"]]
     store.put(older, [])
     for _ in ("new", "merged"):
-        assert store.get(record["run_id"]) == record == RunStore(store.folder).find(CONFIGS[1])
+        assert store.get(record["run_id"]) == record
+        assert RunStore(store.folder).find(CONFIGS[1]) == record["run_id"]
         frame = load_results(store.folder)
         assert set(frame["objective"]) == {"published"} and set(frame["negative_pools"]) == {1}
         assert hashes(store)[record["run_id"]] == before
@@ -164,7 +166,7 @@ def test_record_older_than_a_field_means_its_default(store: RunStore) -> None:
 
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b.replace(b"0.25", b"0.26"), lambda _: b"[]"])
 def test_damaged_run_is_named_with_what_to_do(store: RunStore, damage: Any) -> None:
-    path = store.run_path(record_of(CONFIGS[0])["run_id"])
+    path = store.path("runs", record_of(CONFIGS[0])["run_id"])
     path.write_bytes(damage(path.read_bytes()))
     for read in (lambda: load_results(store.folder), store.compact, lambda: store.get(path.stem)):
         with pytest.raises(ValueError, match=f"{path.name} cannot be read .*: delete it to run it again"):
@@ -191,7 +193,7 @@ def test_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="a.json could not be written: No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         write(tmp_path / "a.json", b"whole")
     assert not list(tmp_path.iterdir())
 
@@ -207,7 +209,7 @@ def test_locked_run_is_busy_for_others_until_it_is_free(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    with pytest.raises(BusyError, match="under way in another process"), runs.lock("a" * 16, wait=False):
+    with pytest.raises(Timeout), runs.lock("a" * 16, wait=False):
         pass
     with runs.lock("a" * 16):
         assert not thread.is_alive() or thread.join() is None

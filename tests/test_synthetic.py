@@ -136,9 +136,9 @@ def test_name_holds_options():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("synthetic:noveltly=1", "cannot use 'noveltly=1'; the options are num_users, items_a"),
-        ("synthetic:seed=1,novelty=high", "cannot use 'novelty=high'"),
-        ("synthetic:", "cannot use ''"),
+        ("synthetic:noveltly=1", "cannot use 'noveltly'; the options are num_users, items_a"),
+        ("synthetic:seed=1,novelty=high", "novelty=high': cannot use could not convert string to float: 'high'"),
+        ("synthetic:", "'synthetic:': cannot use not enough values"),
         ("synthetic:novelty=1.5", "novelty=1.5, seed=0: a synthetic pair needs .* novelty from 0 to 1"),
         ("synthetic:novelty=nan", "novelty=nan, seed=0: a synthetic pair needs"),
         ("synthetic:num_users=0", "num_users=0"),

@@ -26,7 +26,7 @@ def pair_of(*sequences: list[int], titles: dict[str, str] | None = None) -> Pair
     items = np.concatenate([np.array(sequence) for sequence in sequences])
     return Pair(
         name="hand-made", domains=("a", "b"), items=items, times=np.arange(len(items)),
-        offsets=np.cumsum([0, *map(len, sequences)]), num_items=(4, 4), has_global_order=True, ties="published",
+        offsets=np.cumsum([0, *map(len, sequences)]), num_items=(4, 4), has_global_order=True,
         item_names=np.array([f"{'ab'[i > 4]}{i}" for i in range(1, 9)], dtype=object),
         titles=None if titles is None else Titles(titles),
     )  # fmt: skip

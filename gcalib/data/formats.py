@@ -2,12 +2,9 @@
 
 Every file may be plain or gzipped. What cannot be used is a `DataError` that reads `file, line n: what is wrong, and
 what would be right`. Events come as a table with the columns `user`, `item`, `time` (unix seconds, -1 where unknown),
-one row an event, each user's rows in order. Their forms are told apart by the first line:
-
--   sequences, one line a user: `user item|timestamp item|timestamp ...`, each user's events in time order;
--   ratings, one line an event, separated by commas, in the editions of the Amazon releases. 2014 and 2018: no header;
-    `user,item,rating,timestamp` in one and `item,user,rating,timestamp` in the other, times in seconds. 2023: a header
-    (`user_id,parent_asin,rating,timestamp`, further columns allowed), times in milliseconds, which are cut to seconds.
+one row an event, each user's rows in order. Sequences (`user item|timestamp ...`, in time order) and ratings are told
+apart by the first line. Ratings are those of the Amazon releases: without a header in 2014 and 2018, times in seconds;
+with one in 2023 (further columns allowed), times in milliseconds, which are cut to seconds.
 
 A well-formed file is parsed by pandas and checked column by column; only one with a fault is walked line by line.
 """
@@ -18,16 +15,17 @@ import csv
 import gzip
 import html
 import io
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short  # of a value in an error
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from gcalib.data.pair import DataError
 from gcalib.data.prepare import Events
@@ -37,7 +35,7 @@ EVENT = re.compile(rf"{WORD}\|([0-9]{{1,18}}|-1)")  # longer numbers do not fit 
 SEQUENCE = re.compile(rf"{WORD}( {EVENT.pattern})+")
 SEQUENCE_FORM = "a line reads `user item|timestamp item|timestamp ...`, times in whole unix seconds, -1 where unknown"
 
-ROLES = {
+ROLES = {  # of columns, and their names in headers
     "user": ("user", "user_id", "reviewerid", "reviewer_id"),
     "item": ("item", "item_id", "parent_asin", "asin"),
     "rating": ("rating", "overall", "score"),
@@ -60,20 +58,13 @@ def fault(path: Path, line: int | None, what: str) -> DataError:
     return DataError(f"{path}{f', line {line}' if line else ''}: {what}")
 
 
-def short(value: Any) -> str:
-    """A value as it is shown in an error, cut to 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def read_bytes(path: Path) -> bytes:
     """Content of a file, unpacked if it is gzipped."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if data.startswith(b"\x1f\x8b") or path.suffix == ".gz" else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        reason = str(error).rstrip(".")
-        raise fault(path, None, f"is not a complete gzip file ({reason}); copy or download it again.") from None
+        raise fault(path, None, f"is not a complete gzip file ({error}); copy or download it again.") from None
     except OSError as error:
         raise fault(path, None, f"cannot be read ({error.strerror}); a data file was expected there.") from None
 
@@ -122,14 +113,14 @@ def read_prepared(path: Path, map_path: Path) -> Events:
     same_user = np.diff(line, prepend=-1) == 0
     unordered = (same_user & (np.diff(time, prepend=0) < 0)) | (time < 0)
     b_then_a = same_user & (np.diff(in_b, prepend=0) < 0)
-    if unordered.any() and b_then_a.any():
-        at, other = unordered.argmax(), 1 + line[b_then_a.argmax()]
-        what = f"the time {time[at]} is unknown, or earlier than that of the event before"
-        only = f"only a file with all of domain A, then all of B in every line may hold that, which line {other} breaks"
-        raise fault(path, 1 + line[at], f"{what}; {only}.")
+    if b_then_a.any():
+        only = "only a file with all of domain A, then all of B in every line may hold that, which line"
+        only += f" {1 + line[b_then_a.argmax()]} breaks"
+        what = "is unknown, or earlier than that of the event before"
+        _refuse(path, line, unordered, lambda at: f"the time {time[at]} {what}; {only}.")
     _check_order(path, line, 2 * line + in_b, time)
-    events = pd.DataFrame({"user": line, "item": item, "time": time})
-    return Events(events, names, sizes, has_global_order=not unordered.any())
+    table = pd.DataFrame({"user": line, "item": item, "time": time})
+    return Events(table, names, sizes, has_global_order=not unordered.any())
 
 
 def _read_sequences(path: Path, text: str) -> tuple[np.ndarray, np.ndarray, pd.Series, np.ndarray]:
@@ -152,33 +143,28 @@ def _read_sequences(path: Path, text: str) -> tuple[np.ndarray, np.ndarray, pd.S
 
 def _check_order(path: Path, line: np.ndarray, stream: np.ndarray, time: np.ndarray) -> None:
     """Known times must not go back inside a stream, passing over unknown ones."""
-    known = np.flatnonzero(time >= 0)
-    back = (np.diff(stream[known]) == 0) & (np.diff(time[known]) < 0)
-    before, after = time[known[:-1]], time[known[1:]]
-    order = "events must stand in time order"
-    _refuse(path, line[known[1:]], back, lambda at: f"time goes back from {before[at]} to {after[at]}; {order}.")
+    line, stream, time = line[time >= 0], stream[time >= 0], time[time >= 0]
+    back, order = (np.diff(stream) == 0) & (np.diff(time) < 0), "events must stand in time order"
+    _refuse(path, line[1:], back, lambda at: f"time goes back from {time[at]} to {time[at + 1]}; {order}.")
 
 
 def _refuse(path: Path, line: np.ndarray, bad: np.ndarray, what: Callable[[int], str]) -> None:
-    """Raise the fault of the first bad event, if there is one; `what` says what is wrong with it."""
+    """Raise the fault of the first bad event, if there is one."""
     if bad.any():
         raise fault(path, 1 + int(line[bad.argmax()]), what(int(bad.argmax())))
 
 
 def _read_ratings(path: Path, text: str, columns: str | None) -> pd.DataFrame:
     names, header = _columns(path, text, columns)
-    sound, trouble = False, "there is no rating"
     try:
         table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False)
         table = table.set_axis(names, axis="columns").iloc[int(header) :]
-        matches = (table[name].str.fullmatch(FIELDS[name][0]).all() for name in names if name in FIELDS)
-        sound = len(table) > 0 and all(matches)
+        fits = [len(table) > 0, *(table[name].str.fullmatch(FIELDS[name][0]).all() for name in names if name in FIELDS)]
+        trouble = "" if all(fits) else "there is no rating"
     except ValueError as error:  # the parser's, or another number of columns
         trouble = " ".join(str(error).split())
-    # a line with too few columns reads as one with empty fields at its end
-    if not sound or (table.iloc[:, -1] == "").any():
+    if trouble:
         _find_fault(path, text, names, header)
-    if not sound:
         raise fault(path, None, f"is not a readable file of ratings ({trouble}).")
     if not header and columns is None:
         looks = [bool(table[name].str.fullmatch(ITEM_ID).all()) for name in ("user", "item")]
@@ -210,11 +196,11 @@ def _columns(path: Path, text: str, columns: str | None) -> tuple[list[str], boo
         names = [name.strip() for name in columns.split(",")]
         if any(names.count(role) != 1 for role in ("user", "item", "timestamp")) or names.count("rating") > 1:
             raise ValueError(f"columns={columns!r} must name user, item and timestamp once each, as in {EXAMPLE}.")
-    elif len(first) == 4:
-        names = list(ROLES)  # or the first two the other way round, which the data must tell
     else:
-        what = f"the line has {len(first)} columns; without a header 4 were expected, or state their order: {EXAMPLE}."
-        raise fault(path, 1, what)
+        names = list(ROLES)  # or the first two the other way round, which the data must tell
+        if len(first) != 4:
+            what = f"the line has {len(first)} columns; without a header 4 were expected, or state"
+            raise fault(path, 1, f"{what} their order: {EXAMPLE}.")
     return [name if name in FIELDS else f"further {place}" for place, name in enumerate(names)], header
 
 
@@ -239,15 +225,12 @@ def read_item_map(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
 
     The ids are 1..nA in domain 0 and nA + 1..nA + nB in domain 1.
     """
-    table = _read_json(path, '{"item": [id, domain], ...}')
-    for name, value in table.items():
-        if not (isinstance(value, list) and [type(v) for v in value] == [int, int] and value[1] in (0, 1)):
-            what = f"{short(value)}; it must be [id, domain], whole numbers, domain 0 (A) or 1 (B)"
-            raise fault(path, None, f"item {short(name)} has {what}.")
+    form = '{"item": [id, domain], ...}, in whole numbers, domain 0 (A) or 1 (B)'
+    table: dict[str, tuple[int, int]] = _read_json(path, dict[str, tuple[StrictInt, Literal[0, 1]]], form)
     names = sorted(table, key=lambda name: table[name][::-1])
     for due, name in enumerate(names, 1):
         if table[name][0] != due:
-            what = f"id {short(table[name][0])} where {due} was due; ids count from 1 in A and go on in B, each once"
+            what = f"id {table[name][0]} where {due} was due; ids count from 1 in A and go on in B, each once"
             raise fault(path, None, f"item {short(name)} has {what}.")
     in_b = sum(domain for _, domain in table.values())
     return np.array(names, dtype=object), (len(names) - in_b, in_b)
@@ -258,22 +241,21 @@ def read_titles(path: Path) -> dict[str, str]:
 
     HTML entities are resolved and white space is made single; an empty title is none.
     """
-    titles = {}
-    for name, value in _read_json(path, '{"item": "title", ...}').items():
-        parts = value if isinstance(value, list) else [value]
-        if not all(isinstance(part, str) for part in parts):
-            raise fault(path, None, f"item {short(name)} has {short(value)}; it must be a title, or a list of strings.")
-        if title := " ".join(html.unescape(", ".join(parts)).split()):
-            titles[name] = title
-    return titles
+    form = '{"item": "title", ...}, where a list of strings may be in place of a title'
+    table: dict[str, str | list[str]] = _read_json(path, dict[str, str | list[str]], form)
+    joined = {name: value if isinstance(value, str) else ", ".join(value) for name, value in table.items()}
+    plain = {name: " ".join(html.unescape(title).split()) for name, title in joined.items()}
+    return {name: title for name, title in plain.items() if title}
 
 
-def _read_json(path: Path, form: str) -> dict[str, Any]:
-    text = read_text(path).rstrip()
+def _read_json(path: Path, kind: Any, form: str) -> Any:
+    """A JSON object that is not empty, of the type that is asked for."""
     try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise fault(path, getattr(error, "lineno", 1), f"is not JSON of the form {form} ({error}).") from None
-    if not isinstance(table, dict) or not table:
-        raise fault(path, 1, f"is not a JSON object {form}.")
+        table = TypeAdapter(kind).validate_json(read_text(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        item = "".join(f", item {short(name)}" for name in first["loc"][:1])
+        raise fault(path, None, f"is not JSON of the form {form}{item}: {first['msg']}.") from None
+    if not table:
+        raise fault(path, None, f"holds nothing; it must be JSON of the form {form}.")
     return table

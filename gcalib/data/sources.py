@@ -4,10 +4,7 @@ Published pairs (`pairs.yaml`) are read from the folder named by the environment
 from the user's cache, into which pooch downloads what is public. Every file is checked against its hash before it is
 parsed.
 
-A path is a folder that holds a prepared pair (one file of sequences, and a file with `map_item` in its name) or two
-files of one domain each, A and B in the order of their names: sequences or ratings (`gcalib.data.formats`). Or it is
-the names of two such files, A then B: `"sports.txt.gz + phones.csv"`. A file `titles.json` may stand beside the data:
-what the items say (`gcalib.data.text`). Each file may be gzipped (`.gz`). Others are passed over.
+What the path of one's own data may hold is said in docs/own_data.md. Other files in such a folder are passed over.
 """
 
 from __future__ import annotations
@@ -16,12 +13,12 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pooch
 import requests
 import yaml
+from pydantic import TypeAdapter
 
 from gcalib.data.formats import fault, read_bytes, read_events, read_prepared, read_titles
 from gcalib.data.pair import DataError, NoDataError, Pair, Titles
@@ -46,19 +43,14 @@ class Published:
     """A pair with a name, as `pairs.yaml` explains."""
 
     domains: tuple[str, str]
-    figures: dict[str, int]
+    figures: dict[str, int | bool]
     files: tuple[Source, Source]
     texts: tuple[Source | None, Source | None]
     one_domain_users: int | None = None
 
 
-def _published(entry: dict[str, Any]) -> Published:
-    lists = {key: tuple(source and Source(**source) for source in entry[key]) for key in ("files", "texts")}
-    return Published(**{**entry, **lists, "domains": tuple(entry["domains"])})
-
-
-_ENTRIES = yaml.safe_load(Path(__file__).with_name("pairs.yaml").read_bytes())
-PAIRS: dict[str, Published] = {name: _published(entry) for name, entry in _ENTRIES.items()}
+_TEXT = Path(__file__).with_name("pairs.yaml").read_bytes()
+PAIRS = TypeAdapter(dict[str, Published]).validate_python(yaml.safe_load(_TEXT))
 
 
 def load_pair(
@@ -67,7 +59,6 @@ def load_pair(
     ties: str = "shuffle",
     max_length: int = 50,
     min_per_domain: int | None = None,
-    k_core: int = 1,
     columns: str | None = None,
     download: bool = True,
 ) -> Pair:
@@ -87,8 +78,6 @@ def load_pair(
     min_per_domain
         Events that every user must have in each domain in the end; by default 3, as in the published cuts, for
         single-domain files and per-domain order, else 1. With 0 users active in one domain only are let in.
-    k_core
-        Events that every item, and every user in each domain, must have; 1 keeps all.
     columns
         Order of the columns of ratings without a header, such as "item,user,rating,timestamp".
     download
@@ -103,21 +92,20 @@ def load_pair(
     ValueError
         For an option out of range.
     """
-    options, name = Options(ties, max_length, k_core, min_per_domain), str(name_or_path)
+    options, name = Options(ties, max_length, min_per_domain), str(name_or_path)
     built_in = name.partition(":")[0] == "synthetic"
     if columns is not None and (built_in or name in PAIRS):
         raise ValueError(f"columns={columns!r} is for ratings files; {name} has none.")
     if built_in:
-        return synthetic_pair(**parse_name(name), options=options)
+        return synthetic_pair(**parse_name(name), name=name, options=options)
     if name not in PAIRS:
         return _read_path(name_or_path, options, columns)
-    published = PAIRS[name]
-    first, second = (locate(source, name, download) for source in published.files)
-    if published.one_domain_users is None:
-        return finish(read_prepared(first, second), name, published.domains, options)
-    events = match(read_events(first), read_events(second), k_core, published.one_domain_users)
+    domains, extra = PAIRS[name].domains, PAIRS[name].one_domain_users
+    first, second = (locate(source, name, download) for source in PAIRS[name].files)
+    if extra is None:
+        return finish(read_prepared(first, second), name, domains, options)
     options = replace(options, min_per_domain=min_per_domain or 0)
-    return finish(events, name, published.domains, options)
+    return finish(match(read_events(first), read_events(second), extra), name, domains, options)
 
 
 def _read_path(path: str | Path, options: Options, columns: str | None) -> Pair:
@@ -125,10 +113,9 @@ def _read_path(path: str | Path, options: Options, columns: str | None) -> Pair:
     text, folder = str(path), Path(path)
     item_maps: list[Path] = []
     if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+        files, name = sorted(file for file in folder.glob("[!.]*") if file.is_file()), folder.resolve().name
         item_maps = [file for file in files if "map_item" in file.name]
         events = [file for file in files if file.name.endswith(SUFFIXES) and "map_" not in file.name]
-        name = folder.resolve().name
         if (len(item_maps), len(events)) not in ((1, 1), (0, 2)):
             found = ", ".join(file.name for file in files) or "nothing"
             wanted = "one text file with one map_item file, or two single-domain files (or name them: 'a.txt + b.txt')"
@@ -139,16 +126,16 @@ def _read_path(path: str | Path, options: Options, columns: str | None) -> Pair:
     else:
         known = ", ".join(("synthetic", *PAIRS))
         raise DataError(f"{text!r} is neither a pair ({known}) nor a folder, nor are they two files, 'a.csv + b.csv'.")
-    if item_maps and columns is not None:
-        raise ValueError(f"columns={columns!r} is for ratings; {folder} holds a prepared pair.")
     if item_maps:
+        if columns is not None:
+            raise ValueError(f"columns={columns!r} is for ratings; {folder} holds a prepared pair.")
         first, _, second = name.partition("-")
         domains = (first, second) if first and second and "-" not in second else ("a", "b")
         read = read_prepared(events[0], item_maps[0])
     else:
         domains = _stem(events[0]), _stem(events[1])
         a, b = (read_events(file, columns) for file in events)
-        read = match(a, b, options.k_core, None if options.min_per_domain == 0 else 0)
+        read = match(a, b, None if options.min_per_domain == 0 else 0)
     files = [file for end in ("json", "json.gz") if (file := folder / f"titles.{end}").is_file()]
     if len(files) == 2:
         raise DataError(f"{folder} holds both titles.json and titles.json.gz; one file of titles was expected.")
@@ -194,10 +181,8 @@ def _download(source: Source, path: Path) -> None:
     except (OSError, ValueError) as error:  # what requests raises is an OSError; a wrong hash is a ValueError
         unreachable = isinstance(error, requests.ConnectionError | requests.Timeout)
         reason = "the server cannot be reached" if unreachable else " ".join(str(error).split()).rstrip(".")
-        raise NoDataError(
-            f"{source.url} could not be downloaded ({reason}); set the environment variable GCALIB_DATA to a folder "
-            f"that holds {source.path} to do without."
-        ) from None
+        advice = f"set the environment variable GCALIB_DATA to a folder that holds {source.path} to do without"
+        raise NoDataError(f"{source.url} could not be downloaded ({reason}); {advice}.") from None
 
 
 def report(*, download: bool = False, verify: bool = False) -> pd.DataFrame:
@@ -210,8 +195,8 @@ def report(*, download: bool = False, verify: bool = False) -> pd.DataFrame:
         hashes are right (None without `verify`, or if files are missing); the columns of `statistics`; `problem`, why
         it cannot be read.
     """
-    figures = statistics(load_pair("synthetic"))
-    rows = [{"name": "synthetic", "found": "built in", "verified": None, **figures, "problem": ""}]
+    built_in = {"name": "synthetic", "found": "built in", "verified": None, **statistics(load_pair("synthetic"))}
+    rows = [{**built_in, "problem": ""}]
     for name, published in PAIRS.items():
         found, problem = "GCALIB_DATA" if os.environ.get("GCALIB_DATA") else "cache", ""
         verified: bool | None = verify or None

@@ -3,11 +3,10 @@
 With a global order each user gives one example: the last event is the test target, the last but one the validation
 target, and the history is all that came before it, of both domains.
 
-With per-domain order no event of a user is the last, but in each domain one is: a user gives one example for each
-domain of 3 events or more. The history of an example is the user's events of A, then those of B, less what is held
-out in either domain: the last event of both in "test", the last two of both in "val" and training. A domain of fewer
-events is context only. Whether the other domain's events came before the target is unknown, and every result on such
-a pair carries that caveat.
+With per-domain order a user gives one example for each domain of 3 events or more; a domain of fewer is context only.
+The history is the user's events of A, then those of B, less what is held out in either domain: the last event of both
+in "test", the last two of both in "val" and training. Whether the other domain's events came before the target is
+unknown, and every result on such a pair carries that caveat.
 """
 
 from __future__ import annotations

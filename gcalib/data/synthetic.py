@@ -2,17 +2,16 @@
 
 What is planted, for user u and the events t = 1, 2, ... of the user's mixed stream:
 
--   A *shared factor*: every user and every item belongs to one of a few groups; a user buys inside the group only, in
-    both domains. One event of either domain reveals it, so it carries nothing new from one to the other.
+-   A *shared factor*: users and items belong to a few groups; a user buys inside one group only, in both domains. One
+    event of either domain reveals it, so it carries nothing new from one to the other.
 -   A *private factor* of each domain: an interest in R^2 that drifts from event to event,
 
         z_A[t] = r z_A[t-1] + sqrt(1 - r^2) e_A[t],     e_A = sqrt(s) c + sqrt(1 - s) a
         z_B[t] = r z_B[t-1] + sqrt(1 - r^2) e_B[t],     e_B = sqrt(s) c + sqrt(1 - s) b
 
-    with a, b, c independent standard normal, z stationary and s = sqrt(novelty) its correlation across domains at
-    every moment: `novelty` is the share of the variance of one interest that the other explains. At 0 the events of
-    B tell nothing about the next event of A that A's own events do not; at 1 both domains follow one interest, and
-    the latest event of B is worth as much as the latest of A.
+    with a, b, c independent standard normal, z stationary and s = sqrt(novelty) its correlation across domains:
+    `novelty` is the share of the variance of one interest that the other explains. At 0 the events of B tell nothing
+    about the next event of A that A's own events do not; at 1 both domains follow one interest.
 -   The choice: item i of the group and domain, not bought before, with probability proportional to
     popularity_i exp(-|z - f_i|^2 / (2 w^2)). Because z drifts slowly, an item tends to be followed by items near it.
 -   Popularity is skewed (Zipf); lengths, domain switches, gaps and ties of days follow Food-Kitchen: 5 events or more
@@ -40,7 +39,6 @@ NOISE = (
     "classic", "deluxe", "new", "premium", "portable", "double", "small", "large", "original", "simple", "folding",
     "vintage", "modern", "round", "light", "heavy", "quick", "gift", "value", "set", "pack", "refill", "kit", "pair",
 )  # fmt: skip
-DIMENSIONS = 2  # of interests and items: with some 140 items a group, the plane is covered and neighbours exist
 LEAST_ITEMS = 50  # of a domain and group: a user may need 45 different ones
 PERSISTENCE = 0.9  # r: an interest halves its correlation in about 7 events
 WIDTH = 0.4  # w: how closely a choice follows the interest, in units of the interest's standard deviation
@@ -87,18 +85,16 @@ def parse_name(name: str) -> dict[str, Any]:
     """Arguments of `synthetic_pair` in a name.
 
     >>> parse_name("synthetic:novelty=1.0,items_a=300")
-    {'name': 'synthetic:novelty=1.0,items_a=300', 'num_items': (300, 1200), 'novelty': 1.0}
+    {'num_items': (300, 1200), 'novelty': 1.0}
     """
     kinds = {"num_users": int, "items_a": int, "items_b": int, "novelty": float, "seed": int}
-    found: dict[str, Any] = {}
-    for part in name.partition(":")[2].split(",") if ":" in name else []:
-        key, _, value = part.strip().partition("=")
-        try:
-            found[key] = kinds[key](value)
-        except (KeyError, ValueError):
-            form = f"{', '.join(kinds)}, as in synthetic:novelty=1.0,seed=3"
-            raise ValueError(f"{name}: cannot use {part!r}; the options are {form}.") from None
-    return {"name": name, "num_items": (found.pop("items_a", 1100), found.pop("items_b", 1200)), **found}
+    parts = [part.split("=") for part in name.partition(":")[2].split(",") if ":" in name]
+    try:
+        found: dict[str, Any] = {key.strip(): kinds[key.strip()](value) for key, value in parts}
+    except (KeyError, ValueError) as error:
+        form = f"{', '.join(kinds)}, as in synthetic:novelty=1.0,seed=3"
+        raise ValueError(f"{name!r}: cannot use {error}; the options are {form}.") from None
+    return {"num_items": (found.pop("items_a", 1100), found.pop("items_b", 1200)), **found}
 
 
 def generate(
@@ -112,17 +108,15 @@ def generate(
     groups = min(len(GROUPS), min(num_items) // LEAST_ITEMS)
     # Ids are given out at random: an id tells neither group nor place nor popularity.
     group = np.concatenate([rng.permutation(np.arange(size) % groups) for size in num_items])
-    place = rng.standard_normal((sum(num_items), DIMENSIONS))
+    place = rng.standard_normal((sum(num_items), 2))
     in_b = np.arange(len(group)) >= num_items[0]
     stocks = [[np.flatnonzero((group == g) & (in_b == d)) for g in range(groups)] for d in (False, True)]
     log_popularity = np.zeros(len(group))
     for members in (*stocks[0], *stocks[1]):
         log_popularity[rng.permutation(members)] = -SKEW * np.log(1 + np.arange(len(members)))
-    user_group = rng.integers(0, groups, num_users)
-    lengths = _lengths(rng, num_users)
+    user_group, lengths = rng.integers(0, groups, num_users), _lengths(rng, num_users)
     domains = _domains(rng, lengths)
-    chosen = _choose(rng, domains, novelty, user_group, stocks, place, log_popularity)
-    kept = domains >= 0
+    chosen, kept = _choose(rng, domains, novelty, user_group, stocks, place, log_popularity), domains >= 0
     days = _days(rng, kept)
     owner = np.repeat(np.arange(num_users), lengths.sum(axis=1))
     table = pd.DataFrame({"user": owner, "item": 1 + chosen[kept], "time": days[kept] * DAY})
@@ -165,8 +159,7 @@ def _choose(
     """int64 (users, 50): the item of each event, counted from 0; arbitrary after the last."""
 
     def innovation() -> np.ndarray:
-        shape = len(domains), DIMENSIONS
-        common, private = rng.standard_normal((1, *shape)), rng.standard_normal((2, *shape))
+        common, private = (rng.standard_normal((sides, len(domains), 2)) for sides in (1, 2))
         return novelty**0.25 * common + np.sqrt(1 - np.sqrt(novelty)) * private
 
     interest = innovation()  # (domain, user, dimension)

@@ -1,8 +1,7 @@
 """What the items of a pair say: their texts, where those come from, and their vectors.
 
-Texts are the titles of the products where there are any. For some published domains there are only keywords that a
-language model generated, or category strings; for some nothing at all (`pairs.yaml`). A pair of one's own may have a
-file `titles.json` beside its data. The items of the built-in pair are named after their planted factors.
+Texts are titles of products where there are any. For some published domains there are only keywords that a language
+model generated, or category strings; for some nothing at all (`pairs.yaml`). One's own pair may have a `titles.json`.
 
 **An item without text** is known by the company it keeps. With e_i the vector of an item's text, a user's texts have
 the mean t_u, over the items of the user's training history that have one, and
@@ -10,9 +9,8 @@ the mean t_u, over the items of the user's training history that have one, and
     e_j = (sum of t_u over the n_j users with j in their training history + 5 m) / (n_j + 5)
 
 where m is the mean over the items of j's domain that have text (of both domains, if none of j's has). Users of both
-domains carry text across, so the rule reaches a domain without any text, and its items do not all look alike. The
-five imagined users draw rare items to m: the company of an item met once is the history it stands in, and a vector
-that says so would give that user's item away in training and nothing afterwards.
+domains carry text across, so the rule reaches a domain without any text. The five imagined users draw rare items to m:
+the company of an item met once is the history it stands in, and would give that user's item away in training.
 
 **A user's profile** is the user's training history in words: the titles of the newest ten items that have text, newest
 first, encoded as one text. Nothing here looks at a validation or test event. All of the training history is looked at,
@@ -38,7 +36,6 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from filelock import FileLock
 from scipy.sparse import csr_array
 
@@ -61,11 +58,6 @@ class ItemText:
     sources: tuple[str, str]  # such as "titles" or "category strings"; "none"
     items: tuple[float, float]
     events: tuple[float, float]
-
-    @cached_property
-    def present(self) -> np.ndarray:
-        """Bool (nA + nB,): which items have text."""
-        return np.array([text is not None for text in self.texts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,21 +93,20 @@ class TextVectors:
 
 def item_text(pair: Pair) -> ItemText:
     """The texts of a pair's items; a `DataError` if the file of texts of a published pair is missing or another one."""
-    names = np.arange(1, 1 + sum(pair.num_items)) if pair.item_names is None else pair.item_names
-    tables: list[tuple[str, dict[str, str]]] = [("none", {}), ("none", {})]
+    names = range(1, 1 + sum(pair.num_items)) if pair.item_names is None else pair.item_names
+    tables: list[tuple[str, dict[str, str]]] = [("none", {})] * 2
     if pair.titles is not None:
         tables = [(pair.titles.source, pair.titles.by_name)] * 2
     elif pair.name in PAIRS:
-        for domain, source in enumerate(PAIRS[pair.name].texts):
-            if source is not None:
-                tables[domain] = source.kind, read_titles(locate(source, pair.name))
-    domains = pair.domain_of(1 + np.arange(len(names)))
-    texts = tuple(tables[domain][1].get(str(name)) for name, domain in zip(names, domains, strict=True))
-    present = pd.Series([text is not None for text in texts])
-    items = present.groupby(domains).mean()
-    events = present[pair.items - 1].groupby(pair.domain_of(pair.items)).mean()
-    sources = tables[0][0] if items[0] else "none", tables[1][0] if items[1] else "none"
-    return ItemText(texts, sources, (float(items[0]), float(items[1])), (float(events[0]), float(events[1])))
+        files = PAIRS[pair.name].texts
+        tables = [(file.kind, read_titles(locate(file, pair.name))) if file else ("none", {}) for file in files]
+    size_a = pair.num_items[0]
+    texts = tuple(tables[place >= size_a][1].get(str(name)) for place, name in enumerate(names))
+    present, events = np.array([text is not None for text in texts]), np.bincount(pair.items - 1, minlength=len(texts))
+    parts = [(present[part], events[part]) for part in (slice(size_a), slice(size_a, None))]
+    a, b = (float(has.mean()) for has, _ in parts)
+    events_a, events_b = (float(np.average(has, weights=weights)) for has, weights in parts)
+    return ItemText(texts, (tables[0][0] if a else "none", tables[1][0] if b else "none"), (a, b), (events_a, events_b))
 
 
 @lru_cache(maxsize=2)
@@ -128,19 +119,20 @@ def text_vectors(pair: Pair, encoder: str) -> TextVectors:
         If no item of the users' training histories has text, or the encoder is not installed.
     """
     text, train = item_text(pair), pair.split("val")
+    present = np.array([title is not None for title in text.texts])
     histories = csr_array(
         (np.ones(len(train.history_items), np.float32), train.history_items - 1, train.offsets),
         shape=(pair.num_users, sum(pair.num_items)),
     )
     histories.sum_duplicates()
     histories.data[:] = 1
-    if not (histories @ text.present.astype(np.float32)).any():
+    if not (histories @ present.astype(np.float32)).any():
         raise DataError(
             f"No training event of {pair.name} is of an item with text: a model of item text needs a file titles.json "
             'beside the data, {"item": "title", ...}, or a pair that has text, such as food-kitchen.'
         )
     known = encode([title for title in text.texts if title is not None], encoder)
-    items = _by_company(known, text.present, histories, pair.num_items[0])
+    items = _by_company(known, present, histories, pair.num_items[0])
     return TextVectors(items, _profiles(pair, text, encoder), text)
 
 
@@ -149,16 +141,13 @@ def _by_company(known: np.ndarray, present: np.ndarray, histories: csr_array, nu
     rows = np.zeros((len(present), known.shape[1]), dtype=np.float32)
     rows[present] = known
     counts = histories @ present.astype(np.float32)
-    has = counts > 0
-    of_users = (histories @ rows)[has] / counts[has, None]
-    holders = histories[has][:, ~present].T
+    of_users = (histories @ rows)[counts > 0] / counts[counts > 0, None]
+    holders = histories[counts > 0][:, ~present].T
     in_b = np.arange(len(present)) >= num_items_a
-    middle = np.stack(
-        [rows[present & (in_b == d)].mean(0) if (present & (in_b == d)).any() else known.mean(0) for d in (False, True)]
-    )
-    number = holders.sum(axis=1)[:, None]
+    of_domain = (rows[present & (in_b == domain)] for domain in (False, True))
+    middle = np.stack([(some if len(some) else known).mean(axis=0) for some in of_domain])
     company = holders @ of_users + IMAGINED_USERS * middle[in_b[~present].astype(int)]
-    rows[~present] = company / (number + IMAGINED_USERS)
+    rows[~present] = company / (holders.sum(axis=1)[:, None] + IMAGINED_USERS)
     return rows
 
 
@@ -167,10 +156,9 @@ def _profiles(pair: Pair, text: ItemText, encoder: str) -> np.ndarray:
     train = pair.split("val")
     newest_first = ([text.texts[item - 1] for item in train.history(u)[::-1]] for u in range(pair.num_users))
     profiles = ["; ".join([title for title in titles if title][:PROFILE_ITEMS]) for titles in newest_first]
-    has = np.array([bool(profile) for profile in profiles])
     known = encode([profile for profile in profiles if profile], encoder)
-    rows = np.tile(known.mean(axis=0), (len(has), 1))
-    rows[has] = known
+    rows = np.tile(known.mean(axis=0), (len(profiles), 1))
+    rows[[bool(profile) for profile in profiles]] = known
     return rows
 
 
@@ -200,11 +188,7 @@ def encode(texts: Sequence[str], name: str) -> np.ndarray:
 
 
 def _digest(texts: Sequence[str]) -> bytes:
-    digest = hashlib.sha256()
-    for text in texts:
-        encoded = text.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.digest()
+    return hashlib.sha256(b"".join(len(text).to_bytes(8, "little") + text for text in map(str.encode, texts))).digest()
 
 
 def _sentences(texts: Sequence[str]) -> np.ndarray:
@@ -228,8 +212,8 @@ def _hashed_words(texts: Sequence[str]) -> np.ndarray:
     for row, text in zip(rows, texts, strict=True):
         for word in re.findall(r"\w+", text.lower()):
             framed = f"<{word}>"
-            pieces = [framed[start : start + 3] for start in range(len(framed) - 2)]
-            for piece, weight in ((framed, 1.0), *((piece, 1 / 3) for piece in pieces)):
+            pieces = [(framed[start : start + 3], 1 / 3) for start in range(len(framed) - 2)]
+            for piece, weight in ((framed, 1.0), *pieces):
                 number = zlib.crc32(piece.encode())
                 row[number % HASHED_WIDTH] += weight if number & 2**31 else -weight
     return _unit(rows)

@@ -1,13 +1,4 @@
-"""Notebooks executed, cleaned for a commit, and checked.
-
-An executed notebook says in its metadata, under `gcalib`, what its outputs came from:
-
-    profile          the profile it was executed with
-    profile_sha256   hash of what the profile asks for
-    source_sha256    hash of its cells' sources
-    results_sha256   hash of the run records it used
-    runs             their ids
-"""
+"""Notebooks executed, cleaned for a commit, and checked; their metadata say what outputs came from (`_provenance`)."""
 
 from __future__ import annotations
 
@@ -18,7 +9,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,11 +17,12 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from gcalib.config import Profile
-from gcalib.publish.site import Page, to_html
+from gcalib.publish.site import Page, write_page
 from gcalib.store import RunStore, record_sha256
 
 FOLDER = Path("notebooks")
@@ -41,15 +33,12 @@ LONG_CELL = 18  # lines; a tenth of the code cells may have as many
 
 @dataclass(frozen=True)
 class Outcome:
-    """One notebook's execution: its file name, seconds, and the sentence that ended it (None: it went through).
+    """One notebook's execution."""
 
-    `kept`: what was there is still right, as nothing that it came from has changed.
-    """
-
-    name: str
+    name: str  # of the file
     seconds: float
-    error: str | None
-    kept: bool = False
+    error: str | None  # the sentence that ended it; None: it went through
+    kept: bool = False  # what was there is still right, as nothing that it came from has changed
 
     @property
     def status(self) -> str:
@@ -64,13 +53,12 @@ def notebooks(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
     ValueError
         For a name that none starts with.
     """
-    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    found = {name: [path for path in paths if path.name.startswith(Path(name).name)] for name in names}
-    for name in names:
-        if not found[name]:
+    paths, starts = sorted(folder.glob("[0-9][0-9]_*.ipynb")), [Path(name).name for name in names]
+    for start in starts:
+        if not any(path.name.startswith(start) for path in paths):
             known = ", ".join(path.stem for path in paths) or "none"
-            raise ValueError(f"No notebook of {folder} starts with {name!r}; there are {known}.")
-    return sorted({path for some in found.values() for path in some}) if names else paths
+            raise ValueError(f"No notebook of {folder} starts with {start!r}; there are {known}.")
+    return [path for path in paths if not names or path.name.startswith(tuple(starts))]
 
 
 def execute(paths: Sequence[Path], out: Path | None, profile: str | None, *, resume: bool = False) -> Iterator[Outcome]:
@@ -86,18 +74,17 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None, *, res
     resume
         With `out`: keep an executed copy whose source, profile and records are unchanged.
     """
-    pages = [Page.read(path) for path in paths]
-    for path in paths:
-        source, started = nbformat.read(path, as_version=4), time.perf_counter()
+    pages = [Page(path.stem, nbformat.read(path, as_version=4)) for path in paths]
+    for path, source in zip(paths, (page.notebook for page in pages), strict=True):
+        started = time.perf_counter()
         if resume and out is not None and _up_to_date(path.stem, out, source, profile):
             yield Outcome(path.name, 0.0, None, kept=True)
             continue
-        executed, used, error = _run(path, {"profile": profile} if profile else {})
+        executed, runs, error = _run(path, {"profile": profile} if profile else {})
         if error is None:
-            executed.metadata["gcalib"] = _provenance(source, profile, used)
+            executed.metadata["gcalib"] = _provenance(source, profile, runs)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"{path.stem}.html").write_text(to_html(Page(path.stem, executed), pages), encoding="utf-8")
+            write_page(Page(path.stem, executed), out, pages)
             nbformat.write(executed, out / path.name)  # last: its metadata speaks for the HTML too
         elif error is None:
             nbformat.write(executed, path)
@@ -107,8 +94,8 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None, *, res
         yield Outcome(path.name, time.perf_counter() - started, error)
 
 
-def _run(path: Path, parameters: dict[str, Any]) -> tuple[NotebookNode, dict[str, str], str | None]:
-    """The notebook as far as it was executed, hashes of the records that it used by run id, and what ended it."""
+def _run(path: Path, parameters: dict[str, Any]) -> tuple[NotebookNode, set[str], str | None]:
+    """The notebook as far as it was executed, ids of the runs whose records it used, and what ended it."""
     error = None
     with tempfile.TemporaryDirectory() as scratch:
         result, trace = Path(scratch) / path.name, Path(scratch) / "trace"
@@ -119,26 +106,20 @@ def _run(path: Path, parameters: dict[str, Any]) -> tuple[NotebookNode, dict[str
                 extra_arguments=["--IPKernelApp.log_level=50"],  # its warnings are about the kernel, not the notebook
             )  # fmt: skip
         except papermill.PapermillExecutionError as failed:
-            error = f"cell {failed.exec_count}: {failed.ename}: {_first_line(failed.evalue)}"
+            error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}"
         except Exception as failed:  # noqa: BLE001 - a kernel can die in many ways, and the other notebooks go on
-            error = f"{type(failed).__name__}: {_first_line(str(failed))}"
+            error = f"{type(failed).__name__}: {failed}"
         finally:
             del os.environ["GCALIB_TRACE"]
         executed = nbformat.read(result if result.exists() else path, as_version=4)
-        used = dict(line.split() for line in trace.read_text().splitlines()) if trace.exists() else {}
-    return _clean(executed), used, error
-
-
-def _first_line(text: str) -> str:
-    return (re.sub(r"\x1b\[[0-9;]*m", "", text).strip() or "no message").splitlines()[0]
+        runs = {line.split()[0] for line in trace.read_text().splitlines()} if trace.exists() else set()
+    return _clean(executed), runs, error and strip_ansi(error).splitlines()[0]
 
 
 def _clean(notebook: NotebookNode) -> NotebookNode:
     """Drop what differs between machines and moments, so that an execution with the same outputs is the same file."""
-    notebook.metadata = NotebookNode(
-        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
-        language_info={"name": "python"},
-    )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:03d}"
         cell.metadata = NotebookNode({key: cell.metadata[key] for key in ("tags", "jupyter") if cell.metadata.get(key)})
@@ -151,28 +132,21 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _provenance(source: NotebookNode, profile: str | None, used: dict[str, str]) -> dict[str, Any]:
-    """What a notebook says of itself; `profile` None is the one it names, `used` holds hashes of records by run id."""
-    named = re.search(r"^profile = [\"'](.+?)[\"']", _parameters(source), re.MULTILINE)
+def _provenance(source: NotebookNode, profile: str | None, runs: Collection[str]) -> dict[str, Any]:
+    """What a notebook that used these runs says of itself; `profile` None is the one it names."""
+    cells = "\n".join(cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", []))
+    named = re.search(r"^profile = [\"'](.+?)[\"']", cells, re.MULTILINE)
     profile = profile or (named.group(1) if named else None)
-    asked = Profile.load(profile).model_dump(mode="json", exclude={"store", "workers"}) if profile else None
+    settings = Profile.load(profile) if profile else None
+    store = RunStore(settings.store if settings else "results")
+    records = [record for record in map(store.get, sorted(runs)) if record is not None]
     return {
-        "profile": profile,
-        "profile_sha256": _sha256(asked),
+        "profile": profile,  # and what it asks for, the sources of the cells, the records that were used
+        "profile_sha256": _sha256(settings and settings.model_dump(mode="json", exclude={"store", "workers"})),
         "source_sha256": _sha256([[cell.cell_type, cell.source] for cell in source.cells]),
-        "results_sha256": _sha256(sorted(used.items())),
-        "runs": sorted(used),
+        "results_sha256": _sha256([[record["run_id"], record_sha256(record)] for record in records]),
+        "runs": sorted(runs),
     }
-
-
-def _parameters(notebook: NotebookNode) -> str:
-    return next((cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), "")
-
-
-def _stored(written: dict[str, Any], store: str | Path) -> dict[str, str]:
-    """Hashes of the records that the store holds of the runs that a notebook used."""
-    records = {name: RunStore(store).get(name) for name in written.get("runs", [])}
-    return {name: record_sha256(record) for name, record in records.items() if record is not None}
 
 
 def _up_to_date(name: str, out: Path, source: NotebookNode, profile: str | None) -> bool:
@@ -181,24 +155,23 @@ def _up_to_date(name: str, out: Path, source: NotebookNode, profile: str | None)
         written = nbformat.read(out / f"{name}.ipynb", as_version=4).metadata.get("gcalib")
     except (OSError, ValueError):  # there is no copy, or half of one
         return False
-    if not written or not (out / f"{name}.html").exists():
-        return False
-    store = Profile.load(profile or written["profile"]).store
-    return bool(written == _provenance(source, profile, _stored(written, store)))
+    there = written and (out / f"{name}.html").exists()
+    return bool(there and written == _provenance(source, profile, written["runs"]))
 
 
-def faults(path: Path, store: str | Path = "results") -> list[str]:
+def faults(path: Path) -> list[str]:
     """What keeps a committed notebook from being fit to read, one sentence each; empty if nothing does."""
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     outputs = [output for cell in code for output in cell.outputs]
     lines = [len(cell.source.splitlines()) for cell in code] or [0]
     prose = sum(cell.cell_type == "markdown" for cell in notebook.cells)
+    tags = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
     written = notebook.metadata.get("gcalib", {})
-    now = _provenance(notebook, None, _stored(written, store))
+    now = _provenance(notebook, None, written.get("runs", []))
     size = path.stat().st_size / 1024
     checks = {
-        "it has no cell tagged 'parameters'": not _parameters(notebook),
+        "it has no cell tagged 'parameters'": "parameters" not in tags,
         "cells were not executed, or not in order": [c.execution_count for c in code] != list(range(1, len(code) + 1)),
         "an output is an error": any(output.output_type == "error" for output in outputs),
         "an output went to stderr": any(output.get("name") == "stderr" for output in outputs),
@@ -217,13 +190,8 @@ def faults(path: Path, store: str | Path = "results") -> list[str]:
 
 def write_index(outcomes: Sequence[Outcome], out: Path, profile: str) -> Path:
     """`index.html` with a line for each notebook: link, status, time."""
-    rows = "\n".join(
-        f'<tr><td><a href="{one.name.removesuffix(".ipynb")}.html">{one.name}</a></td>'
-        f"<td>{escape(one.status)}</td><td>{one.seconds:.0f} s</td></tr>"
-        for one in outcomes
-    )
+    links = (f'<a href="{Path(one.name).stem}.html">{one.name}</a>' for one in outcomes)
+    told = (f"{escape(one.status)}</td><td>{one.seconds:.0f} s" for one in outcomes)
+    rows = "\n".join(f"<tr><td>{link}</td><td>{rest}</td></tr>" for link, rest in zip(links, told, strict=True))
     text = f"# Notebooks\n\nExecuted with the profile **{profile}**.\n\n<table>\n{rows}\n</table>"
-    page = Page("index", new_notebook(cells=[new_markdown_cell(text)]))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "index.html").write_text(to_html(page), encoding="utf-8")
-    return out / "index.html"
+    return write_page(Page("index", new_notebook(cells=[new_markdown_cell(text)])), out)

@@ -39,11 +39,6 @@ class Page:
     name: str
     notebook: NotebookNode
 
-    @classmethod
-    def read(cls, path: Path) -> Page:
-        """The page of a notebook file."""
-        return cls(path.stem, nbformat.read(path, as_version=4))
-
     @property
     def title(self) -> str:
         """The first heading, or the name where there is none."""
@@ -99,20 +94,13 @@ def _mathml(tex: str, display: str) -> str:
 
 def to_html(page: Page, pages: Sequence[Page] = ()) -> str:
     """One self-contained page; `pages` are those of the site in order, for the navigation and for links."""
-    titles = [(one.name, one.title) for one in pages]
-    place = list(dict(titles)).index(page.name) if page.name in dict(titles) else -1
-    renderer = _Renderer(set(dict(titles)))
-    exporter = HTMLExporter(
-        template_file=str(FOLDER / "site.html.j2"),
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-        filters={"markdown2html": lambda text: _fitted(MarkdownWithMath(renderer).render(text)), "fitted": _fitted},
-    )
+    renderer = _Renderer({one.name for one in pages})
+    filters = {"markdown2html": lambda text: _fitted(MarkdownWithMath(renderer).render(text)), "fitted": _fitted}
+    exporter = HTMLExporter(template_file=str(FOLDER / "site.html.j2"), filters=filters)
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     resources = {
         "page": page,
-        "pages": titles,
-        "before": titles[place - 1] if place > 0 else None,
-        "after": titles[place + 1] if place + 1 < len(titles) else None,
+        "pages": pages,
         "style": (FOLDER / "site.css").read_text(encoding="utf-8"),
         "script": _drawing() if any(VEGALITE in data for data in page.outputs()) else "",
         "vegalite": VEGALITE,
@@ -132,13 +120,18 @@ def _drawing() -> str:
     return str(vl_convert.javascript_bundle((FOLDER / "site.js").read_text(encoding="utf-8")))
 
 
+def write_page(page: Page, out: Path, pages: Sequence[Page] = ()) -> Path:
+    """Write `to_html` of a page into a folder, which is made where there is none; returns the file's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{page.name}.html"
+    path.write_text(to_html(page, pages), encoding="utf-8")
+    return path
+
+
 def write_site(paths: Sequence[Path], out: Path) -> Path:
     """Write the page of each notebook, and the front page `index.html`, whose path is returned; execute nothing."""
-    pages = [Page.read(path) for path in paths]
-    out.mkdir(parents=True, exist_ok=True)
-    for page in (*pages, _front(pages)):
-        (out / f"{page.name}.html").write_text(to_html(page, pages), encoding="utf-8")
-    return out / "index.html"
+    pages = [Page(path.stem, nbformat.read(path, as_version=4)) for path in paths]
+    return [write_page(page, out, pages) for page in (*pages, _front(pages))][-1]
 
 
 def _front(pages: Sequence[Page]) -> Page:

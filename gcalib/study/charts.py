@@ -16,17 +16,16 @@ import pandas as pd
 from gcalib.study.theme import BAND, COLOURS, GREY, INK, LEVELS, colours
 
 FEWEST = 4  # runs of an interval that is drawn; of fewer, the runs are
-POINTS, ROWS = 60, 400  # of a line, what a panel can show; of all lines of a figure
+POINTS, ROWS = 60, 300  # of a line, what a panel can show; of all lines of a figure
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross"]
 
 
 def _base(frame: pd.DataFrame, *columns: str, **size: Any) -> alt.Chart:
     """A chart of some columns of a table, which are all that is stored."""
     shown = list(dict.fromkeys(name for name in columns if name))
     if not len(frame) or not set(shown) <= set(frame):
-        missing = [name for name in shown if name not in frame]
-        raise ValueError(
-            f"The figure needs {', '.join(missing) or 'a row'}; the table has {', '.join(map(str, frame))}."
-        )
+        missing = ", ".join(name for name in shown if name not in frame)
+        raise ValueError(f"The figure needs {missing or 'a row'}; the table has {', '.join(map(str, frame))}.")
     return alt.Chart(frame[shown].reset_index(drop=True)).properties(**size)
 
 
@@ -148,10 +147,8 @@ def forest_plot(
     plain = _base(table, row, panel, "mean", "low", "high", "says", "run", width=270, height=high)
     ticks = alt.Axis(tickCount=5, labelFlush=True, labelOverlap=True)  # so that none touches those of the next panel
     axis: dict[str, Any] = {"title": x_title, "scale": alt.Scale(zero=differences), "axis": ticks}
-    scale, legend = (
-        alt.Scale(domain=[*names], range=[*names.values()]),
-        alt.Legend(title="the interval is", orient="top"),
-    )
+    scale = alt.Scale(domain=[*names], range=[*names.values()])
+    legend = alt.Legend(title="the interval is", orient="top")
     hue = alt.Color("says:N", scale=scale, legend=legend) if differences else alt.value(COLOURS[0])
     base = plain.encode(alt.Y(f"{row}:N", title=None, sort=None))
     layers = [
@@ -222,9 +219,7 @@ def scatter(
         _axis(alt.X, x, x_title, zero=False, padding=6), _axis(alt.Y, y, y_title, zero=False, padding=6),
         _colour(frame, colour),
     )  # fmt: skip
-    shapes = alt.Scale(
-        domain=frame[shape].unique().tolist(), range=["circle", "square", "triangle-up", "diamond", "cross"]
-    )
+    shapes = alt.Scale(domain=frame[shape].unique().tolist(), range=SHAPES)
     legend = alt.Legend(title=None, orient="top", columns=4, symbolFillColor=GREY, symbolStrokeWidth=0)
     dots = base.transform_filter("datum.drawn == 'dot'").mark_point(opacity=0.8, size=55)
     through = base.transform_filter("datum.drawn == 'line'").mark_line(strokeWidth=1.5).encode(alt.Detail("cell:N"))

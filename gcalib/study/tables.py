@@ -76,15 +76,15 @@ def alignment(runs: pd.DataFrame) -> pd.DataFrame:
         long updates weigh more, and no means of |cos|. Plain and parameter-matched runs have no rows.
     """
     same, parts = one_width(runs), []
-    for point in (0, 1, 2):
-        has = [
-            point in gca and not isinstance(match, str) for gca, match in zip(same["gca"], same["match"], strict=True)
-        ]
+    same = same[[not isinstance(match, str) for match in same["match"]]]
+    for point in sorted({point for points in same["gca"] for point in points}):
         place = f"gca{point}."
         measures = [name.partition(place)[2] for name in map(str, same) if name.startswith(f"test.a.{place}")]
         figures = {"ndcg": "full.ndcg@10", **{name: f"{place}{name}" for name in measures}}
-        parts.append(by_domain(same[has], figures).assign(point=point))
-    rows = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+        parts.append(by_domain(same[[point in points for points in same["gca"]]], figures).assign(point=point))
+    if not parts:
+        raise ValueError("None of these runs has cross-attention, so there is nothing to measure.")
+    rows = pd.concat(parts, ignore_index=True)
     for name, lengths in (("cos_ungated", "norm"), ("cos_gated", "gated_norm")):
         parallel = rows[f"{lengths}_parallel"]
         rows[name] = parallel / np.hypot(parallel, rows[f"{lengths}_orthogonal"])
