@@ -31,7 +31,7 @@ from filelock import FileLock
 from gcalib.config import RunConfig, run_id
 
 CHANGES = {1: "the first results", 2: "padded batches, the cosine schedule, options of published code by name"}
-"""Results versions and what each changed. Add one whenever a change alters results: older records are no longer reused."""
+"""Results versions and what each changed. Add one whenever a change alters results; older records are not reused."""
 
 RESULTS_VERSION = max(CHANGES)
 
