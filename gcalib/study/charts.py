@@ -138,10 +138,10 @@ def forest_plot(
     drawn = (frame["n"] >= FEWEST) & frame["low"].notna()
     names = {"above 0": COLOURS[0], "below 0": COLOURS[1], "open": "#999999", "too few runs": "#bbbbbb"}
     says = np.select([~drawn, frame["low"] > 0, frame["high"] < 0], ["too few runs", "above 0", "below 0"], "open")
-    each = frame["each"] if "each" in frame else pd.Series(np.nan, frame.index)
+    each = frame["each"] if "each" in frame else frame["mean"]
     table = frame.assign(
         **{side: frame[side].where(drawn, frame["mean"]) for side in ("low", "high")},  # a bar that the dot hides
-        says=says, run=each.where(~drawn, np.nan),
+        says=says, run=each.where(~drawn, frame["mean"]),  # a field without any value has no scale
     ).explode("run").astype({"run": float})  # fmt: skip
     high = 24 * int(frame.groupby(panel)[row].nunique().max()) if own_axes else alt.Step(24)
     plain = _base(table, row, panel, "mean", "low", "high", "says", "run", width=270, height=high)
@@ -151,9 +151,10 @@ def forest_plot(
     legend = alt.Legend(title="the interval is", orient="top")
     hue = alt.Color("says:N", scale=scale, legend=legend) if differences else alt.value(COLOURS[0])
     base = plain.encode(alt.Y(f"{row}:N", title=None, sort=None))
+    shown = alt.condition("datum.says == 'too few runs'", alt.value(1), alt.value(0))
     layers = [
         base.mark_rule(strokeWidth=2.5).encode(alt.X("low:Q", **axis), alt.X2("high:Q"), color=hue),
-        base.mark_tick(color=INK, thickness=1.5, size=14).encode(alt.X("run:Q", **axis)),
+        base.mark_tick(color=INK, thickness=1.5, size=14).encode(alt.X("run:Q", **axis), opacity=shown),
         base.mark_point(size=70).encode(alt.X("mean:Q", **axis), color=hue),
     ]
     if differences:
