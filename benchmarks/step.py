@@ -4,7 +4,7 @@ Prints a table and writes it to `benchmarks/step.json`. Nothing else should run 
 
 - Step: `Trainer.step` over the batches of an epoch, in milliseconds and in microseconds per training event, and the
   share of the machine's matrix peak (the best rate of a large square product) that its counted operations reach.
-- Memory: the largest resident set of a fresh process that loads the pair, trains an epoch and validates.
+- Memory: the largest resident set of a fresh process that loads the pair, trains an epoch and validates (Linux).
 - Ranking: `evaluate` with the protocol `full` beside the bare products of all states and item vectors.
 - Loading, importing, and `gcalib pairs`, each in a fresh process.
 """
@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gcalib import RunConfig, load_pair
 from gcalib.data.pair import Pair
 from gcalib.evaluation import evaluate
-from gcalib.models.matching import flops_per_step
+from gcalib.models.matching import CPU_ATTENTION_FLOPS
 from gcalib.training import Trainer, fastest_precision
 
 CPU = torch.device("cpu")
@@ -38,7 +39,8 @@ MODELS = {
     "sasrec-mixed, d 64": {"model": "sasrec-mixed", "dim": 64, "objective": "infonce", "gca": ()},
 }
 EPOCH = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from gcalib import RunConfig, load_pair
 from gcalib.evaluation import evaluate
 from gcalib.training import Trainer
@@ -46,7 +48,7 @@ config = RunConfig.model_validate_json(sys.argv[1])
 trainer = Trainer(config, load_pair(config.pair), torch.device("cpu"))
 trainer.epoch(config.lr)
 evaluate(trainer.model, trainer.pair, "val")
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
 """
 
 
@@ -77,7 +79,11 @@ def step(config: RunConfig, pair: Pair, peak: float) -> dict[str, float]:
     for users in batches:
         trainer.step(users)
     seconds = time.perf_counter() - started
-    operations = flops_per_step(trainer.model, pair, config.batch_size)
+    counted = batches[::4]
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
+        for users in counted:
+            trainer.step(users)
+    operations = counter.get_total_flops() / len(counted)
     memory = subprocess.run(
         [sys.executable, "-c", EPOCH, config.model_dump_json()], capture_output=True, text=True, check=True
     )
