@@ -13,6 +13,12 @@ A cosine says something only against what it would be if X' had nothing to do wi
 3. An untrained module in the trained model, measured with another `AlignmentMeter`. Re-initialised, it shows what the
    architecture does by itself to these states. With its initial weights it is no null of independence: the embeddings
    were trained through them, and may have adapted.
+
+**The sign of a tanh gate.** With a tanh gate, flipping the sign of feature j of X' (a row of the output projection) and
+of the gate (a row of its last layer) leaves gate * X' as it was, and changes cos(X, X'). The function that the model
+computes does not say which of the two it is: every pattern of signs is as likely at the start, and training keeps the
+symmetry. What is determined is the cosine of X with gate * X' (`gated_cos_*`), and the one with the signs of X' set by
+the sign of each feature's mean gate (`fixed_cos_*`). A sigmoid gate is positive, and has no such freedom.
 """
 
 from __future__ import annotations
@@ -54,8 +60,10 @@ def cosine(
           components of x' parallel and orthogonal to x.
         - with y: `cos_xy_signed`, `cos_xy_abs_of_mean`, `cos_xy_mean_abs`, where y is not zero.
         - with gate: `gated_norm_parallel`, `gated_norm_orthogonal`, the components of gate * x', which is what is added
-          to x; `gated_cos_signed`, `gated_cos_mean_abs`, its cosine with x; `gated_null_perm_signed`,
-          `gated_null_perm_mean_abs`, what another user's would have, each where the gate lets something through.
+          to x; `gated_cos_signed`, `gated_cos_abs_of_mean`, `gated_cos_mean_abs`, its cosine with x;
+          `gated_null_perm_signed`, `gated_null_perm_mean_abs`, what another user's would have, each where the gate lets
+          something through; `fixed_cos_signed`, `fixed_cos_abs_of_mean`, `fixed_null_perm_signed`, the mean of cos(x,
+          x') and its null with each feature of x' signed by its mean gate.
         - `rows`: positions measured. `rows_without_update`, `rows_without_x`: real positions where x', or x, is exactly
           zero, so that there is no direction; they enter no mean. A mean over no position at all is nan.
 
@@ -86,6 +94,7 @@ class AlignmentMeter:
         self._totals: dict[str, Tensor] = {}  # sum, sum of absolute values, number of rows; they stay on the device
         self._rows = {"rows": 0, "rows_without_update": 0, "rows_without_x": 0}
         self._dim = 0
+        self._by_feature: dict[str, Tensor] = {}  # sums over rows of what each feature adds to the cosine, and the gate
 
     @torch.no_grad()
     def update(
@@ -116,7 +125,13 @@ class AlignmentMeter:
             found["norm_x_prime"].append(vector_norm(own, dim=1))
             pairs = {"": (own, theirs)}
             if gate is not None:
-                pairs["gated_"] = (take("gate", rows) * own, take("gate", others) * theirs)
+                gates = take("gate", rows)
+                pairs["gated_"] = (gates * own, take("gate", others) * theirs)
+                shares = X / found["norm_x"][-1].unsqueeze(1)
+                self._add("gate", gates)
+                self._add("cos", shares * own / found["norm_x_prime"][-1].unsqueeze(1))
+                of_others = shares * theirs / vector_norm(theirs, dim=1, keepdim=True)
+                self._add("null_perm", of_others[rows != others])
             for prefix, (update, update_of_other) in pairs.items():
                 parallel, orthogonal = components(X, update)
                 found[f"{prefix}norm_parallel"].append(vector_norm(parallel, dim=1))
@@ -129,6 +144,9 @@ class AlignmentMeter:
             total = torch.stack([numbers.nansum(), numbers.abs().nansum(), (~numbers.isnan()).sum()])
             self._totals[name] = self._totals[name] + total if name in self._totals else total
 
+    def _add(self, name: str, rows: Tensor) -> None:
+        self._by_feature[name] = self._by_feature.get(name, 0.0) + rows.sum(dim=0)
+
     def result(self) -> dict[str, float]:
         """All measures so far, as `cosine` returns them; a ValueError if no batch had a real position."""
         if not any(self._rows.values()):
@@ -137,8 +155,14 @@ class AlignmentMeter:
         for name, totals in self._totals.items():
             mean, mean_abs, _ = (totals / totals[2]).tolist()
             found |= {name: mean} if "norm" in name else {f"{name}_signed": mean, f"{name}_mean_abs": mean_abs}
-            if name in ("cos", "cos_xy"):
+            if "cos" in name:
                 found[f"{name}_abs_of_mean"] = abs(mean)
+        if self._by_feature:
+            signs = self._by_feature["gate"].sign()
+            for name in ("cos", "null_perm"):
+                count = self._totals[name][2]
+                found[f"fixed_{name}_signed"] = float((signs * self._by_feature[name]).sum() / count)
+            found["fixed_cos_abs_of_mean"] = abs(found["fixed_cos_signed"])
         return found
 
 

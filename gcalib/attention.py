@@ -116,7 +116,7 @@ class CrossAttention(nn.Module):
 class GatedCrossAttention(nn.Module):
     """`LayerNorm(x + gate * x_prime)`, `x_prime = CA(x, y)`, `gate = act(FFN([x ; y]))` (arXiv 2510.09435).
 
-    The FFN has two layers, `dim + dim_y -> dim -> dim`, with a ReLU between them.
+    The FFN has two layers with a ReLU between them, `dim + dim_y -> gate_hidden -> dim`.
 
     Parameters
     ----------
@@ -128,6 +128,11 @@ class GatedCrossAttention(nn.Module):
         `"sigmoid"` (0 to 1) or `"tanh"` (-1 to 1).
     dim_y
         Width of y; None is `dim`.
+    gate_hidden
+        Inner width of the FFN; None is `2 * (dim + dim_y)`, which gives the 16 dim^2 parameters that the paper's models
+        grow by with a module (inferred from its figures, which do not state it).
+    norm
+        Whether there is a LayerNorm.
     dropout
         Rate at which features of x_prime are dropped in training.
 
@@ -144,17 +149,19 @@ class GatedCrossAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, gate: Gate = "sigmoid", *, dim_y: int | None = None, dropout: float = 0.0
-    ) -> None:
+        self, dim: int, heads: int, gate: Gate = "sigmoid", *, dim_y: int | None = None,
+        gate_hidden: int | None = None, norm: bool = True, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if gate not in ("sigmoid", "tanh"):
             raise ValueError(f"gate={gate!r} is unknown; the gates are sigmoid and tanh.")
         self.dim, self.dim_y = dim, dim_y or dim
         self.name = "gca"
         self.cross_attention = CrossAttention(dim, heads, self.dim_y, dropout)
-        self.gate = nn.Sequential(nn.Linear(dim + self.dim_y, dim), nn.ReLU(), nn.Linear(dim, dim))
+        both, inner = dim + self.dim_y, gate_hidden or 2 * (dim + self.dim_y)
+        self.gate = nn.Sequential(nn.Linear(both, inner), nn.ReLU(), nn.Linear(inner, dim))
         self.activation = nn.Sigmoid() if gate == "sigmoid" else nn.Tanh()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self._recorded: list[Activations] | None = None
         self._record_weights = False
 

@@ -60,6 +60,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     gca: tuple[Literal[0, 1, 2], ...] = Field((), description="gated cross-attention early, mid, late; () is plain")
     gate: Literal["sigmoid", "tanh"] = "sigmoid"
     heads: int = Field(4, ge=1, description="heads of the gated cross-attention")
+    gca_depth: int = Field(1, ge=1, le=3, description="gated cross-attentions in succession at each point")
+    gate_hidden: int | None = Field(None, ge=1, description="inner width of the gate's feed-forward; None is 4 d")
+    gca_norm: bool = Field(True, description="LayerNorm of the gated cross-attention")
     dim: int = Field(64, ge=2, description="width d of item embeddings and states")
     hidden: int | None = Field(None, ge=1, description="inner width of feed-forward layers; None: 8 round(d / 3) or d")
     self_heads: int = Field(2, ge=1, description="heads of the model's own self-attention")
@@ -81,6 +84,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     plateau_patience: int = Field(5, ge=0, description="plateau: epochs without a better validation before lr is cut")
     stop_patience: int = Field(15, ge=1, description="plateau: epochs without a better validation before stopping")
     select: Literal["full", "s999", "s100"] = Field("full", description="candidates of the MRR that picks the epoch")
+    eval_every: int = Field(1, ge=1, description="cosine: epochs from one validation to the next; the last has one")
+    track_test: bool = Field(False, description="test with each validation: what selection on test would report")
     negatives: int = Field(1024, ge=2, description="negatives shared by a batch, half of them from each domain")
     negative_pools: int = Field(1, ge=1, description="parts of a batch, each with negatives of its own")
     temperature: float = Field(0.75, gt=0.0, description="of InfoNCE")
@@ -102,6 +107,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
                 raise ValueError(f"{name}={heads} does not divide dim={self.dim}; {name} may be {divisors(self.dim)}")
         if self.match and not self.gca:
             raise ValueError(f"match={self.match!r} needs gca, the cross-attention whose size the baseline is given")
+        if self.eval_every > 1 and self.schedule != "cosine":
+            raise ValueError(f"eval_every={self.eval_every} is for schedule='cosine'; a plateau counts every epoch")
         for name, models in READ_BY.items():
             field = type(self).model_fields.get(name)
             is_set = getattr(self, name) != field.default if field else name in self.published
@@ -116,10 +123,12 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     def canonical(self) -> RunConfig:
         """The same run, with the fields that it does not read at their defaults.
 
-        A plain model and a parameter-matched one have no gate, and the cosine schedule has no patience.
+        A plain model and a parameter-matched one have no gate, and the cosine schedule has no patience. The size that
+        a model is matched to is that of a gate and a norm.
         """
         idle = {"plateau_patience", "stop_patience"} if self.schedule == "cosine" else set()
         idle |= {"gate", "heads"} if not self.gca or self.match else set()
+        idle |= set() if self.gca else {"gca_depth", "gate_hidden", "gca_norm"}
         return RunConfig(**self.model_dump(exclude=idle))
 
 

@@ -30,13 +30,14 @@ from filelock import FileLock
 
 from gcalib.config import RunConfig, run_id
 
-CHANGES = {1: "the first results", 2: "padded batches, the cosine schedule, options of published code by name"}
+CHANGES = {
+    1: "the first results",
+    2: "padded batches, the cosine schedule, options of published code by name",
+    3: "a gate with the paper's 12 d^2 parameters, titles and brands of more items, operations of a batch as it is",
+}
 """Results versions and what each changed. Add one whenever a change alters results; older records are not reused."""
 
 RESULTS_VERSION = max(CHANGES)
-
-ANSWERING = (1, 2)
-"""Versions whose records answer. Those of version 1 were given the ids of version 2; the next one will be alone."""
 
 CIRCUMSTANCES = ("seconds", "peak_memory_bytes", "device", "threads")
 """Columns of a record that may differ between two runs of the same config."""
@@ -62,14 +63,14 @@ class RunStore:
     def names(self) -> list[str]:
         """Ids of all finished runs whose records answer."""
         merged = self._merged()
-        answering = pc.is_in(merged["results_version"], pa.array(ANSWERING))
+        answering = pc.equal(merged["results_version"], RESULTS_VERSION)
         return sorted({*self._new(), *merged["run_id"].filter(answering).to_pylist()})
 
     def records(self, run_ids: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """Records that answer, by run id. One that is older than a field of the config means its default."""
         records: dict[str, dict[str, Any]] = {}
         for row in self._table("records", run_ids).to_pylist():
-            if row["results_version"] in ANSWERING:
+            if row["results_version"] == RESULTS_VERSION:
                 record = DEFAULTS | {key: value for key, value in row.items() if value is not None}
                 records[row["run_id"]] = record | {key: tuple(record[key]) for key in LISTS}
         return records

@@ -166,16 +166,18 @@ class Trainer:
         return {**means, "lr": lr}
 
     def validate(self) -> dict[str, float]:
-        """Figures of the validation split, for the curves."""
+        """Figures of the validation split, and with `track_test` of the test split, for the curves."""
         select, pair = self.config.select, self.pair
         found = evaluate(self.model, pair, "val", protocols=tuple({"full", select}))
+        tested = evaluate(self.model, pair, "test", alignment=False) if self.config.track_test else {}
         for domain, name in zip("ab", pair.domains, strict=True):
             if not found[f"{domain}.targets"]:
                 what = "no user's validation target lies in it, and the best epoch is picked by both domains"
                 raise ValueError(f"{pair.name}, domain {name}: {what}.")
             if f"{domain}.{select}.mrr" not in found:
                 raise ValueError(f"select={select!r} needs more items a domain than {pair.name} has: use 'full'.")
-        return {f"val.{name}": value for name, value in found.items()}
+        of_test = {f"test.{name}": value for name, value in tested.items()}
+        return {f"val.{name}": value for name, value in found.items()} | of_test
 
 
 def fit(
@@ -232,12 +234,14 @@ def _fit(
     for epoch in range(progress.epoch + 1, config.epochs + 1):
         if progress.waited >= patience:
             break
-        losses = trainer.epoch(learning_rate(config, epoch, progress.cuts))
-        try:
-            row = {"epoch": epoch, **losses, **trainer.validate()}
-        except ValueError as error:  # with the untrained weights the same ranking has succeeded
-            raise DivergedError("The validation scores are no longer finite: lower lr, or warm up longer.") from error
-        quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
+        row = {"epoch": epoch, **trainer.epoch(learning_rate(config, epoch, progress.cuts))}
+        quality = -math.inf
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            try:
+                row |= trainer.validate()
+            except ValueError as error:  # with the untrained weights the same ranking has succeeded
+                raise DivergedError("The validation scores are no longer finite: lower lr, or warm up longer.") from error
+            quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
         progress.epoch = epoch
         progress.curves.append(row)
         if quality > progress.best:

@@ -45,7 +45,7 @@ class Published:
     domains: tuple[str, str]
     figures: dict[str, int | bool]
     files: tuple[Source, Source]
-    texts: tuple[Source | None, Source | None]
+    texts: tuple[tuple[Source, ...], tuple[Source, ...]]
     one_domain_users: int | None = None
 
 

@@ -1,7 +1,7 @@
 """What the items of a pair say: their texts, where those come from, and their vectors.
 
-Texts are titles of products where there are any. For some published domains there are only keywords that a language
-model generated, or category strings; for some nothing at all (`pairs.yaml`). One's own pair may have a `titles.json`.
+Texts are titles of products where there are any, else brand and category; of Sports only keywords that a language model
+generated (`pairs.yaml`). One's own pair may have a `titles.json`.
 
 **An item without text** is known by the company it keeps. With e_i the vector of an item's text, a user's texts have
 the mean t_u, over the items of the user's training history that have one, and
@@ -52,10 +52,10 @@ RANDOM_WIDTH = 384  # that of the sentence encoder
 
 @dataclass(frozen=True, eq=False)
 class ItemText:
-    """Texts of a pair's items; of A and of B, the kind of text and the shares of items and of events that have it."""
+    """Texts of a pair's items; of A and of B, the kinds of text and the shares of items and of events that have any."""
 
     texts: tuple[str | None, ...]  # of item 1, 2, ..., nA + nB
-    sources: tuple[str, str]  # such as "titles" or "category strings"; "none"
+    sources: tuple[str, str]  # such as "titles 55%, brand and category 9%" of the items; "none"
     items: tuple[float, float]
     events: tuple[float, float]
 
@@ -93,20 +93,25 @@ class TextVectors:
 
 def item_text(pair: Pair) -> ItemText:
     """The texts of a pair's items; a `DataError` if the file of texts of a published pair is missing or another one."""
-    names = range(1, 1 + sum(pair.num_items)) if pair.item_names is None else pair.item_names
-    tables: list[tuple[str, dict[str, str]]] = [("none", {})] * 2
+    names = list(range(1, 1 + sum(pair.num_items)) if pair.item_names is None else pair.item_names)
+    tables: list[dict[str, dict[str, str]]] = [{}, {}]  # of each domain: texts by kind, the best first
     if pair.titles is not None:
-        tables = [(pair.titles.source, pair.titles.by_name)] * 2
+        tables = [{pair.titles.source: pair.titles.by_name}] * 2
     elif pair.name in PAIRS:
-        files = PAIRS[pair.name].texts
-        tables = [(file.kind, read_titles(locate(file, pair.name))) if file else ("none", {}) for file in files]
-    size_a = pair.num_items[0]
-    texts = tuple(tables[place >= size_a][1].get(str(name)) for place, name in enumerate(names))
-    present, events = np.array([text is not None for text in texts]), np.bincount(pair.items - 1, minlength=len(texts))
-    parts = [(present[part], events[part]) for part in (slice(size_a), slice(size_a, None))]
-    a, b = (float(has.mean()) for has, _ in parts)
-    events_a, events_b = (float(np.average(has, weights=weights)) for has, weights in parts)
-    return ItemText(texts, (tables[0][0] if a else "none", tables[1][0] if b else "none"), (a, b), (events_a, events_b))
+        tables = [{file.kind: read_titles(locate(file, pair.name)) for file in files} for files in PAIRS[pair.name].texts]
+    texts: list[str | None] = []
+    sources, items, events = [], [], []
+    counts, size_a = np.bincount(pair.items, minlength=1 + len(names))[1:], pair.num_items[0]
+    for part, by_kind in zip((slice(size_a), slice(size_a, None)), tables, strict=True):
+        mine = [str(name) for name in names[part]]
+        kinds = [next((kind for kind, table in by_kind.items() if name in table), "") for name in mine]
+        texts += [by_kind[kind][name] if kind else None for kind, name in zip(kinds, mine, strict=True)]
+        present = np.array([bool(kind) for kind in kinds])
+        shares = [f"{kind} {kinds.count(kind) / len(mine):.0%}" for kind in by_kind if kind in kinds]
+        sources.append(", ".join(shares) or "none")
+        items.append(float(present.mean()))
+        events.append(float(np.average(present, weights=counts[part])))
+    return ItemText(tuple(texts), (sources[0], sources[1]), (items[0], items[1]), (events[0], events[1]))
 
 
 @lru_cache(maxsize=2)

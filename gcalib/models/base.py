@@ -159,15 +159,23 @@ EARLY, MID, LATE = 0, 1, 2  # insertion points
 
 
 class CrossDomainAttention(nn.ModuleDict):
-    """The gated cross-attentions of a model, two for each insertion point (`"0a"`: point 0, queries of A)."""
+    """The gated cross-attentions of a model, two for each insertion point (`"0a"`: point 0, queries of A).
+
+    With `gca_depth` more follow at the same point (`"0a_2"`, `"0a_3"`).
+    """
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(
-            {f"{p}{s}": GatedCrossAttention(config.dim, config.heads, config.gate) for p in config.gca for s in "ab"}
-        )
-        self.points = config.gca
-        for name, module in self.items():
-            module.name = f"{name[1]}.gca{name[0]}"  # type: ignore[assignment]
+        super().__init__()
+        self.points, self.depth = config.gca, config.gca_depth
+        for point in config.gca:
+            for number in range(1, self.depth + 1):
+                for s in "ab":
+                    module = GatedCrossAttention(
+                        config.dim, config.heads, config.gate, gate_hidden=config.gate_hidden, norm=config.gca_norm
+                    )
+                    suffix = f"_{number}" if number > 1 else ""
+                    module.name = f"{s}.gca{point}{suffix}"
+                    self[f"{point}{s}{suffix}"] = module
 
     def forward(self, point: int, h: States, batch: Batch, *, of_predictions: bool = False) -> States:
         """`(GCA(a, b), GCA(b, a))` at an insertion point of the model; elsewhere, and at pads, `h` unchanged.
@@ -182,16 +190,16 @@ class CrossDomainAttention(nn.ModuleDict):
         of_predictions
             The rows are the states of predictions, each of which depends on all events up to its `query_position`.
         """
-        if point not in self.points:
-            return h
-        updated = of_predictions or point != min(self.points)
-        out = []
-        for s, x, y, of_x, of_y in (("a", *h, *batch.domains), ("b", *h[::-1], *batch.domains[::-1])):
-            mask = visible(of_x.query_position, of_y.query_position + 1 if updated else of_y.position)
-            rows, keys = (of_x.predicts, of_y.predicts) if of_predictions else (of_x.mask, of_y.mask)
-            updated_x = self[f"{point}{s}"](x, y, query_mask=rows, key_mask=keys, mask=mask)
-            out.append(torch.where(rows.unsqueeze(2), updated_x, x))
-        return out[0], out[1]
+        for number in range(1, self.depth + 1) if point in self.points else ():
+            updated = of_predictions or point != min(self.points) or number > 1
+            suffix, out = f"_{number}" if number > 1 else "", []
+            for s, x, y, of_x, of_y in (("a", *h, *batch.domains), ("b", *h[::-1], *batch.domains[::-1])):
+                mask = visible(of_x.query_position, of_y.query_position + 1 if updated else of_y.position)
+                rows, keys = (of_x.predicts, of_y.predicts) if of_predictions else (of_x.mask, of_y.mask)
+                updated_x = self[f"{point}{s}{suffix}"](x, y, query_mask=rows, key_mask=keys, mask=mask)
+                out.append(torch.where(rows.unsqueeze(2), updated_x, x))
+            h = out[0], out[1]
+        return h
 
 
 def start_small(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gcalib.config import MODEL_NAMES, RunConfig
+from gcalib.data.batches import batches_of_users, events_per_domain
 from gcalib.data.pair import Pair
 from gcalib.models.abxi import ABXI
 from gcalib.models.base import Recommender
@@ -104,13 +105,13 @@ def sizes(config: RunConfig, pair: Pair) -> dict[str, int]:
 def flops_per_step(model: Recommender, pair: Pair, batch_size: int) -> int:
     """Floating-point operations of the matrix products and attention of one training step, forward and backward.
 
-    Counted by torch on one batch of users spread evenly over all lengths, on the device that holds the model. The
-    model's gradients are cleared.
+    Counted by torch on the batch of an epoch that is of median size (rows with pads), on the device that holds the
+    model. The model's gradients are cleared.
     """
     device = next(model.parameters()).device
     training = pair.split("val")
-    size = min(batch_size, pair.num_users)
-    users = np.argsort(training.lengths, kind="stable")[np.linspace(0, pair.num_users - 1, size).astype(int)]
+    batches = list(batches_of_users(events_per_domain(pair, training), batch_size, np.random.default_rng(0)))
+    users = sorted(batches, key=lambda users: len(users) * training.lengths[users].max())[len(batches) // 2]
     batch = model.collate([training.history(user) for user in users], pair, training=True, users=users)
     negatives = model.negatives(batch, np.random.default_rng(0)).to(device)
     was_training = model.training
