@@ -58,7 +58,8 @@ def cosine(
         - `null_mean_abs`, `null_perm_signed`, `null_perm_mean_abs`: the nulls of the module's docstring.
         - `norm_x`, `norm_x_prime`, `norm_parallel`, `norm_orthogonal`: mean Euclidean norms of x, of x', and of the
           components of x' parallel and orthogonal to x.
-        - with y: `cos_xy_signed`, `cos_xy_abs_of_mean`, `cos_xy_mean_abs`, where y is not zero.
+        - with y: `cos_xy_signed`, `cos_xy_abs_of_mean`, `cos_xy_mean_abs`, where y is not zero; `cos_xy_r`, Pearson's
+          correlation over positions of cos(x, y) with cos(x, x').
         - with gate: `gated_norm_parallel`, `gated_norm_orthogonal`, the components of gate * x', which is what is added
           to x; `gated_cos_signed`, `gated_cos_abs_of_mean`, `gated_cos_mean_abs`, its cosine with x;
           `gated_null_perm_signed`, `gated_null_perm_mean_abs`, what another user's would have, each where the gate lets
@@ -95,6 +96,7 @@ class AlignmentMeter:
         self._rows = {"rows": 0, "rows_without_update": 0, "rows_without_x": 0}
         self._dim = 0
         self._by_feature: dict[str, Tensor] = {}  # sums over rows of what each feature adds to the cosine, and the gate
+        self._moments = torch.zeros(())  # (3, 3), products summed over rows: of 1, cos(x, y) and cos(x, x')
 
     @torch.no_grad()
     def update(
@@ -132,6 +134,10 @@ class AlignmentMeter:
                 self._add("cos", shares * own / found["norm_x_prime"][-1].unsqueeze(1))
                 of_others = shares * theirs / vector_norm(theirs, dim=1, keepdim=True)
                 self._add("null_perm", of_others[rows != others])
+            if y is not None:
+                xy = _cosine(X, take("y", rows))
+                each = torch.stack([torch.ones_like(xy), xy, _cosine(X, own)])[:, ~xy.isnan()]
+                self._moments = self._moments + each @ each.T
             for prefix, (update, update_of_other) in pairs.items():
                 parallel, orthogonal = components(X, update)
                 found[f"{prefix}norm_parallel"].append(vector_norm(parallel, dim=1))
@@ -157,6 +163,10 @@ class AlignmentMeter:
             found |= {name: mean} if "norm" in name else {f"{name}_signed": mean, f"{name}_mean_abs": mean_abs}
             if "cos" in name:
                 found[f"{name}_abs_of_mean"] = abs(mean)
+        if "cos_xy" in self._totals:
+            (_, u, v), (_, uu, uv), (_, _, vv) = (self._moments / self._moments[0, 0]).tolist()
+            spread = (uu - u * u) * (vv - v * v)
+            found["cos_xy_r"] = (uv - u * v) / math.sqrt(spread) if spread > 1e-24 else math.nan
         if self._by_feature:
             signs = self._by_feature["gate"].sign()
             for name in ("cos", "null_perm"):

@@ -212,9 +212,7 @@ def fit(
         return _fit(config, pair, device, checkpoint, on_epoch)
 
 
-def _fit(
-    config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path | None, on_epoch: OnEpoch | None
-) -> Fit:
+def _fit(config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path | None, on_epoch: OnEpoch | None) -> Fit:
     started = time.perf_counter()
     if not MODELS[config.model].trained:  # a baseline without parameters is evaluated only
         model = build_model(config, pair)
@@ -240,7 +238,9 @@ def _fit(
             try:
                 row |= trainer.validate()
             except ValueError as error:  # with the untrained weights the same ranking has succeeded
-                raise DivergedError("The validation scores are no longer finite: lower lr, or warm up longer.") from error
+                raise DivergedError(
+                    "The validation scores are no longer finite: lower lr, or warm up longer."
+                ) from error
             quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
         progress.epoch = epoch
         progress.curves.append(row)

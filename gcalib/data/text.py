@@ -98,7 +98,7 @@ def item_text(pair: Pair) -> ItemText:
     if pair.titles is not None:
         tables = [{pair.titles.source: pair.titles.by_name}] * 2
     elif pair.name in PAIRS:
-        tables = [{file.kind: read_titles(locate(file, pair.name)) for file in files} for files in PAIRS[pair.name].texts]
+        tables = [{file.kind: read_titles(locate(file, pair.name)) for file in own} for own in PAIRS[pair.name].texts]
     texts: list[str | None] = []
     sources, items, events = [], [], []
     counts, size_a = np.bincount(pair.items, minlength=1 + len(names))[1:], pair.num_items[0]
