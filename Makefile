@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 notebooks: $(READY)  ## execute the notebooks (PROFILE=params/<name>.yaml) into build/notebooks/index.html
+	@$(BIN)/python -m gcalib grid --profile $(PROFILE)
 	@$(BIN)/python -m gcalib notebooks --profile $(PROFILE)
 
 site: $(READY)  ## the executed notebooks as web pages that work offline, into build/site/index.html

@@ -16,6 +16,7 @@ _HOMES = {
     "RunConfig": "config",
     "alignment": "",
     "build_model": "models.matching",
+    "finished": "experiments",
     "fit": "training",
     "load_curves": "store",
     "load_model": "experiments",

@@ -81,10 +81,10 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     lr: float = Field(1e-3, gt=0.0)
     weight_decay: float = Field(0.1, ge=0.0, description="decoupled (AdamW)")
     warmup_epochs: int = Field(5, ge=0, description="epochs of linear warm-up of the learning rate")
-    plateau_patience: int = Field(5, ge=0, description="plateau: epochs without a better validation before lr is cut")
-    stop_patience: int = Field(15, ge=1, description="plateau: epochs without a better validation before stopping")
+    plateau_patience: int = Field(5, ge=0, description="plateau: validations without a better one before lr is cut")
+    stop_patience: int = Field(15, ge=1, description="plateau: validations without a better one before stopping")
     select: Literal["full", "s999", "s100"] = Field("full", description="candidates of the MRR that picks the epoch")
-    eval_every: int = Field(1, ge=1, description="cosine: epochs from one validation to the next; the last has one")
+    eval_every: int = Field(1, ge=1, description="epochs from one validation to the next; the last epoch has one")
     track_test: bool = Field(False, description="test with each validation: what selection on test would report")
     negatives: int = Field(1024, ge=2, description="negatives shared by a batch, half of them from each domain")
     negative_pools: int = Field(1, ge=1, description="parts of a batch, each with negatives of its own")
@@ -107,8 +107,6 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
                 raise ValueError(f"{name}={heads} does not divide dim={self.dim}; {name} may be {divisors(self.dim)}")
         if self.match and not self.gca:
             raise ValueError(f"match={self.match!r} needs gca, the cross-attention whose size the baseline is given")
-        if self.eval_every > 1 and self.schedule != "cosine":
-            raise ValueError(f"eval_every={self.eval_every} is for schedule='cosine'; a plateau counts every epoch")
         for name, models in READ_BY.items():
             field = type(self).model_fields.get(name)
             is_set = getattr(self, name) != field.default if field else name in self.published

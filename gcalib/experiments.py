@@ -261,6 +261,23 @@ def _names(configs: Iterable[RunConfig], runs: RunStore, *, download: bool) -> t
     return names, failures
 
 
+def finished(configs: Iterable[RunConfig], store: str | Path = "results") -> pd.DataFrame:
+    """Records of those configs that the store holds, one row each; nothing is trained and nothing downloaded.
+
+    Raises
+    ------
+    ValueError
+        If none of them is finished.
+    """
+    runs, asked = RunStore(store), list(dict.fromkeys(config.canonical() for config in configs))
+    names, _ = _names(asked, runs, download=False)
+    stored = set(runs.names())
+    if not (done := [name for name in names.values() if name in stored]):
+        advice = "`python -m gcalib grid --profile NAME` trains them"
+        raise ValueError(f"None of these {len(asked)} runs is in {store}; {advice}.")
+    return runs.frame(done)
+
+
 def plan(configs: Iterable[RunConfig], store: str | Path = "results") -> dict[str, float]:
     """What a grid still has to do: `runs`, how many of them are `left`, and the `hours` of one process that these take.
 

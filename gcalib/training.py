@@ -95,8 +95,8 @@ class Progress:
     epoch: int = 0
     best: float = -math.inf
     best_epoch: int = 0
-    waited: int = 0  # epochs since the best
-    waited_at_lr: int = 0  # epochs since the best or the last cut of the learning rate
+    waited: int = 0  # validations since the best
+    waited_at_lr: int = 0  # validations since the best or the last cut of the learning rate
     cuts: int = 0
     seconds: float = 0.0
     curves: list[dict[str, float]] = field(default_factory=list)
@@ -233,21 +233,19 @@ def _fit(config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path |
         if progress.waited >= patience:
             break
         row = {"epoch": epoch, **trainer.epoch(learning_rate(config, epoch, progress.cuts))}
-        quality = -math.inf
-        if epoch % config.eval_every == 0 or epoch == config.epochs:
+        quality, validated = -math.inf, epoch % config.eval_every == 0 or epoch == config.epochs
+        if validated:
             try:
                 row |= trainer.validate()
             except ValueError as error:  # with the untrained weights the same ranking has succeeded
-                raise DivergedError(
-                    "The validation scores are no longer finite: lower lr, or warm up longer."
-                ) from error
+                raise DivergedError("Validation scores are no longer finite: lower lr, or warm up longer.") from error
             quality = row[f"val.a.{config.select}.mrr"] + row[f"val.b.{config.select}.mrr"]
         progress.epoch = epoch
         progress.curves.append(row)
         if quality > progress.best:
             progress.best, progress.best_epoch, progress.waited, progress.waited_at_lr = quality, epoch, 0, 0
             best_weights = copy.deepcopy(model.state_dict())
-        elif epoch > config.warmup_epochs:
+        elif validated and epoch > config.warmup_epochs:
             progress.waited += 1
             progress.waited_at_lr += 1
             if progress.waited_at_lr > config.plateau_patience:
@@ -258,11 +256,8 @@ def _fit(config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path |
         if checkpoint is not None and save_cost <= CHECKPOINT_SHARE * (now - saved):
             _save(checkpoint, trainer, progress, best_weights)
             saved, save_cost = now, time.perf_counter() - now
-        log.info(
-            "%s epoch %d: val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s",
-            checkpoint.stem if checkpoint else config.model, epoch, quality, progress.best, progress.best_epoch,
-            row["lr"], progress.seconds,
-        )  # fmt: skip
+        shown = (epoch, quality, progress.best, progress.best_epoch, row["lr"], progress.seconds)
+        log.info("epoch %d: val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s", *shown)
         if on_epoch is not None:
             on_epoch(row)
     model.load_state_dict(best_weights)
@@ -312,7 +307,8 @@ def _resume(path: Path, trainer: Trainer) -> tuple[Progress, dict[str, Tensor]] 
         return None
     if config != trainer.config or content["data_sha256"] != trainer.pair.sha256:
         raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one anew.")
-    trainer.precision = content["precision"]
+    if (content["cuda_rng"] is None) == (trainer.device.type == "cpu"):  # a GPU's bf16 may be 300 times slower on a CPU
+        trainer.precision = content["precision"]
     trainer.model.load_state_dict(content["model"])
     trainer.optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["torch_rng"])

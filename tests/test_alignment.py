@@ -17,29 +17,35 @@ from gcalib.alignment import AlignmentMeter, null_mean_abs
 
 cosine = jaxtyped(typechecker=beartype)(alignment.cosine)
 COUNTS = {"rows", "rows_without_update", "rows_without_x"}
-# rotation of X, X' and Y together; each x, or x', by a positive number of its own; sign of all X', of each x'
-CHANGES = ("rotation", "scale_x", "scale_x_prime", "flip", "flip_each")
-DIRECTIONS, SCALES, SIGNS = set(CHANGES[:3]), set(CHANGES[1:3]), set(CHANGES[3:])
+# rotation of X, X' and Y together; each x, or x', by a positive number of its own; sign of all X', of each x', of a
+# feature of X' and of its gate
+CHANGES = ("rotation", "scale_x", "scale_x_prime", "flip", "flip_each", "flip_features")
+DIRECTIONS, SCALES, SIGNS, FEATURES = set(CHANGES[:3]), set(CHANGES[1:3]), set(CHANGES[3:5]), set(CHANGES[5:])
 INVARIANT_TO = {
     "cos_signed": DIRECTIONS,
     "cos_abs_of_mean": DIRECTIONS | {"flip"},
     "cos_mean_abs": DIRECTIONS | SIGNS,
-    "null_mean_abs": DIRECTIONS | SIGNS,
+    "null_mean_abs": DIRECTIONS | SIGNS | FEATURES,
     "null_perm_signed": DIRECTIONS,
     "null_perm_mean_abs": DIRECTIONS | SIGNS,
-    "cos_xy_signed": DIRECTIONS | SIGNS,
-    "cos_xy_abs_of_mean": DIRECTIONS | SIGNS,
-    "cos_xy_mean_abs": DIRECTIONS | SIGNS,
-    "norm_x": {"rotation", "scale_x_prime"} | SIGNS,
-    "norm_x_prime": {"rotation", "scale_x"} | SIGNS,
+    "cos_xy_signed": DIRECTIONS | SIGNS | FEATURES,
+    "cos_xy_abs_of_mean": DIRECTIONS | SIGNS | FEATURES,
+    "cos_xy_mean_abs": DIRECTIONS | SIGNS | FEATURES,
+    "cos_xy_r": DIRECTIONS,
+    "norm_x": {"rotation", "scale_x_prime"} | SIGNS | FEATURES,
+    "norm_x_prime": {"rotation", "scale_x"} | SIGNS | FEATURES,
     "norm_parallel": {"rotation", "scale_x"} | SIGNS,
     "norm_orthogonal": {"rotation", "scale_x"} | SIGNS,
-    "gated_norm_parallel": {"scale_x"} | SIGNS,  # a gate works feature by feature, which a rotation mixes
-    "gated_norm_orthogonal": {"scale_x"} | SIGNS,
-    "gated_cos_signed": SCALES,
-    "gated_cos_mean_abs": SCALES | SIGNS,
-    "gated_null_perm_signed": SCALES,
-    "gated_null_perm_mean_abs": SCALES | SIGNS,
+    "gated_norm_parallel": {"scale_x"} | SIGNS | FEATURES,  # a gate works feature by feature, which a rotation mixes
+    "gated_norm_orthogonal": {"scale_x"} | SIGNS | FEATURES,
+    "gated_cos_signed": SCALES | FEATURES,
+    "gated_cos_abs_of_mean": SCALES | {"flip"} | FEATURES,
+    "gated_cos_mean_abs": SCALES | SIGNS | FEATURES,
+    "gated_null_perm_signed": SCALES | FEATURES,
+    "gated_null_perm_mean_abs": SCALES | SIGNS | FEATURES,
+    "fixed_cos_signed": SCALES | FEATURES,
+    "fixed_cos_abs_of_mean": SCALES | {"flip"} | FEATURES,
+    "fixed_null_perm_signed": SCALES | FEATURES,
 }
 
 
@@ -67,6 +73,9 @@ def changed(batch: dict[str, torch.Tensor], change: str, seed: int) -> dict[str,
         return {**batch, "x": x @ Q, "x_prime": x_prime @ Q, "y": y @ Q}
     if change == "scale_x":
         return {**batch, "x": x * own}
+    if change == "flip_features":
+        signs = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0])
+        return {**batch, "x_prime": x_prime * signs, "gate": batch["gate"] * signs}
     by = {"scale_x_prime": own, "flip": -1.0, "flip_each": torch.where(own > 5, 1.0, -1.0)}[change]
     return {**batch, "x_prime": x_prime * by}
 
@@ -110,7 +119,8 @@ def test_components_are_parallel_orthogonal_and_complete(seed):
 @given(st.integers(0, 10_000))
 def test_three_readings_are_in_order(seed):
     found = cosine(**draw(seed))
-    for name in ("cos", "cos_xy"):
+    assert found["fixed_cos_abs_of_mean"] == abs(found["fixed_cos_signed"]) <= 1
+    for name in ("cos", "cos_xy", "gated_cos"):
         assert found[f"{name}_abs_of_mean"] == abs(found[f"{name}_signed"])
         assert 0 <= found[f"{name}_abs_of_mean"] <= found[f"{name}_mean_abs"] + 1e-12 <= 1 + 2e-12
 
@@ -125,7 +135,8 @@ def test_cosine_by_hand(pads):
     if pads == "right":
         left, mask = mask, torch.tensor([[True, True, False], [True, False, False]])
         batch = {name: torch.zeros(2, 3, 2).masked_scatter(mask[..., None], t[left]) for name, t in batch.items()}
-    # cosines -1, 0.8, 0; x' splits into 2 + 0, 4 + 3, 0 + 5; gated into 1 + 0, 4 + 1.5, 0 + 5
+    # cosines -1, 0.8, 0; x' splits into 2 + 0, 4 + 3, 0 + 5; gated into 1 + 0, 4 + 1.5, 0 + 5; with signs +, - fixed
+    # -1, -0.8, 0
     assert cosine(mask=mask, **batch) == pytest.approx({
         "cos_signed": -0.2 / 3,
         "cos_abs_of_mean": 0.2 / 3,
@@ -137,12 +148,17 @@ def test_cosine_by_hand(pads):
         "gated_norm_parallel": 5 / 3,
         "gated_norm_orthogonal": 6.5 / 3,
         "gated_cos_signed": (-1 - 4 / 18.25**0.5) / 3,
+        "gated_cos_abs_of_mean": (1 + 4 / 18.25**0.5) / 3,
         "gated_cos_mean_abs": (1 + 4 / 18.25**0.5) / 3,
         "gated_null_perm_signed": (-1 + 1.5 / 18.25**0.5) / 2,
         "gated_null_perm_mean_abs": (1 + 1.5 / 18.25**0.5) / 2,
         "cos_xy_signed": 0.5,
         "cos_xy_abs_of_mean": 0.5,
         "cos_xy_mean_abs": 0.5,
+        "cos_xy_r": -1.0,  # over two rows: (1, -1) and (0, 0.8)
+        "fixed_cos_signed": -0.6,
+        "fixed_cos_abs_of_mean": 0.6,
+        "fixed_null_perm_signed": -0.2,
         # only at the newest position are there two users: cos((0, 2), (0, 5)) = 1 and cos((3, 0), (3, 4)) = 0.6
         "null_perm_signed": 0.8,
         "null_perm_mean_abs": 0.8,
@@ -238,6 +254,62 @@ def test_the_meter_averages_over_rows_not_over_batches():
     for name in ("cos_signed", "cos_mean_abs", "norm_orthogonal", "gated_norm_parallel"):
         assert found[name] == pytest.approx(sum(one[name] * one["rows"] for one in single) / found["rows"])
     assert found["cos_abs_of_mean"] == abs(found["cos_signed"])
+
+
+def meter_of(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    meter = AlignmentMeter()
+    for batch in batches:
+        meter.update(**batch)
+    return meter.result()
+
+
+def rows_of(batches: list[dict[str, torch.Tensor]], *names: str) -> list[torch.Tensor]:
+    """The rows of all batches at which x and x' have a direction."""
+    measured = [(b["x"].nan_to_num().norm(dim=2) > 0) & (b["x_prime"].nan_to_num().norm(dim=2) > 0) for b in batches]
+    return [torch.cat([b[name][rows] for b, rows in zip(batches, measured, strict=True)]) for name in names]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000))
+def test_fixed_signs_are_those_of_the_mean_gate_over_all_batches(seed):
+    batches = [draw(seed), draw(seed + 1, batch=7), draw(seed + 2, batch=2)]
+    x, x_prime, gate = rows_of(batches, "x", "x_prime", "gate")
+    signs = gate.mean(dim=0).sign()
+    found = meter_of(batches)
+    direct = torch.cosine_similarity(x, signs * x_prime).mean()
+    assert found["fixed_cos_signed"] == pytest.approx(float(direct), abs=1e-12)
+    fixed = meter_of([{**batch, "x_prime": signs * batch["x_prime"]} for batch in batches])
+    assert found["fixed_null_perm_signed"] == pytest.approx(fixed["null_perm_signed"], abs=1e-12, nan_ok=True)
+
+
+def test_fixed_signs_are_not_those_of_single_batches():
+    batches = [draw(0), draw(1, batch=7), draw(2, batch=2)]
+    alone = [cosine(**batch) for batch in batches]
+    mean = sum(one["fixed_cos_signed"] * one["rows"] for one in alone) / sum(one["rows"] for one in alone)
+    assert abs(meter_of(batches)["fixed_cos_signed"] - mean) > 0.01
+
+
+def test_fixed_signs_of_a_positive_gate_leave_the_cosine():
+    batches = [{**batch, "gate": batch["gate"].sigmoid()} for batch in (draw(0), draw(1, batch=7))]
+    found = meter_of(batches)
+    for name in ("cos_signed", "cos_abs_of_mean", "null_perm_signed"):
+        assert found[f"fixed_{name}"] == pytest.approx(found[name], abs=1e-12)
+        assert abs(found[name]) > 0.01
+
+
+def test_fixed_cosine_needs_a_gate():
+    batch = draw(0)
+    del batch["gate"]
+    assert not [name for name in cosine(**batch) if "fixed" in name or "gated" in name]
+
+
+def test_correlation_of_the_cosines_is_pearson_s_over_all_rows():
+    batches = [draw(0), draw(1, batch=7)]
+    x, x_prime, y = rows_of(batches, "x", "x_prime", "y")
+    beside = y.norm(dim=1) > 0
+    pair = [torch.cosine_similarity(x, other)[beside] for other in (y, x_prime)]
+    assert 0 < beside.sum() < len(beside)
+    assert meter_of(batches)["cos_xy_r"] == pytest.approx(float(torch.corrcoef(torch.stack(pair))[0, 1]))
 
 
 def test_a_batch_without_real_positions_adds_nothing():

@@ -6,6 +6,7 @@ import copy
 import doctest
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ from gcalib.attention import (
 SEEDS = st.integers(0, 2**30)
 
 
-def module(gate: str = "sigmoid", heads: int = 2, dim_y: int = 8, dropout: float = 0.0) -> GatedCrossAttention:
+def module(gate: str = "sigmoid", heads: int = 2, dim_y: int = 8, **options: Any) -> GatedCrossAttention:
     """A module in float64 whose every parameter, biases and norm too, is random."""
     torch.manual_seed(0)
-    gca = GatedCrossAttention(8, heads, gate, dim_y=dim_y, dropout=dropout).double()  # type: ignore[arg-type]
+    gca = GatedCrossAttention(8, heads, gate, dim_y=dim_y, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in gca.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -102,6 +103,43 @@ def test_forward_is_the_equation_in_values_and_gradients(gate: str, heads: int, 
     wanted_x, wanted_y = torch.autograd.grad((expected * direction).sum(), (x, y))
     assert near(of_x, wanted_x, 1e-9)
     assert near(of_y, wanted_y, 1e-9)
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_a_module_has_16_d_squared_weights(dim: int) -> None:
+    """Of which the gate has 12; biases and norm apart."""
+    gca = GatedCrossAttention(dim, 2)
+    sizes = {name: parameter.numel() for name, parameter in gca.named_parameters() if parameter.dim() == 2}
+    assert sum(sizes.values()) == 16 * dim**2
+    assert sum(size for name, size in sizes.items() if name.startswith("gate.")) == 12 * dim**2
+
+
+@pytest.mark.parametrize(("dim_y", "gate_hidden", "inner"), [(6, None, 28), (8, None, 32), (6, 5, 5)])
+def test_the_inner_width_of_the_gate(dim_y: int, gate_hidden: int | None, inner: int) -> None:
+    gca = module(dim_y=dim_y, gate_hidden=gate_hidden)
+    assert gca.gate[0].weight.shape == (inner, 8 + dim_y)
+    assert gca.gate[2].weight.shape == (8, inner)
+    x, y = normal(3, 5, 8), normal(3, 5, dim_y)
+    assert near(gca(x, y), by_the_equation(gca, x, y, y, torch.ones(3, 5, 5, dtype=torch.bool)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["sigmoid", "tanh"]), SEEDS)
+def test_without_a_norm_the_gated_update_is_added(Lx: int, Ly: int, gate: str, seed: int) -> None:
+    """And queries that are pads, or see no key, stay x."""
+    gca = module(gate, dim_y=6, norm=False)
+    torch.manual_seed(seed)
+    x, y = normal(3, Lx, 8), normal(3, Ly, 6)
+    queries, keys = torch.rand(3, Lx) < 0.7, torch.rand(3, Ly) < 0.7
+    with record_activations(gca) as recorded:
+        out = gca(x, y, query_mask=queries, key_mask=keys, causal=True)
+    (seen,) = recorded
+    assert torch.equal(out[~seen.updated], x[~seen.updated])
+    assert near(out[seen.updated], (x + seen.gate * seen.x_prime)[seen.updated], 1e-14)
+    assert (out - x)[seen.updated].abs().amax(dim=1).gt(1e-6).all()
+    with_norm = module(gate, dim_y=6)
+    assert near(with_norm(x, y, query_mask=queries, key_mask=keys, causal=True), with_norm.norm(out))
+    assert {*with_norm.state_dict()} - {*gca.state_dict()} == {"norm.weight", "norm.bias"}
 
 
 @settings(max_examples=40, deadline=None)

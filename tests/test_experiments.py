@@ -7,20 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import gcalib.experiments
 import gcalib.store
 from gcalib.config import Profile, RunConfig, run_id
 from gcalib.data import sources
 from gcalib.data.pair import DataError
-from gcalib.evaluation import score
-from gcalib.experiments import load_model, pair_of, run, run_grid
+from gcalib.evaluation import evaluate, score
+from gcalib.experiments import DRAWS, load_model, pair_of, run, run_grid
+from gcalib.models.matching import build_model
 from gcalib.store import RESULTS_VERSION, load_curves, record_sha256
 
 TINY = "synthetic:num_users=90,items_a=110,items_b=115"
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden_run.json"
-PINNED = (".full.mrr", ".full.auc", ".cos_mean_abs", ".null_mean_abs", ".null_initial_mean_abs", ".norm_x_prime")
+PINNED = (
+    ".full.mrr", ".full.auc", ".cos_mean_abs", ".gated_cos_mean_abs", ".null_mean_abs", ".null_initial_mean_abs",
+    ".norm_x_prime",
+)  # fmt: skip
 
 
 def tiny_config(**changes: object) -> RunConfig:
@@ -57,9 +62,13 @@ def test_record_holds_the_config_its_costs_and_the_figures(store: Path) -> None:
             assert 0 <= record[f"{split}.{domain}.full.ndcg@10"] <= record[f"{split}.{domain}.full.hr@10"] <= 1
             for point in (0, 1):
                 prefix = f"{split}.{domain}.gca{point}."
-                for level in ("cos", "cos_xy", "null", "null_perm", "null_initial", "null_reinitialised"):
+                for level in ("cos", "gated_cos", "cos_xy", "null", "null_perm"):
                     assert 0 < record[f"{prefix}{level}_mean_abs"] <= 1
+                for level in ("null_initial", "null_reinitialised"):
+                    assert (f"{prefix}{level}_mean_abs" in record) == (split == "test")
+                assert 0 < record[f"{prefix}fixed_cos_abs_of_mean"] <= 1
     assert not any(".s999." in key for key in record)  # the domains have too few items for 999 negatives
+    assert not any(key.startswith("best_test.") for key in record)
     json.dumps(record)
 
 
@@ -67,6 +76,58 @@ def test_curves_start_at_the_untrained_model(store: Path) -> None:
     curves = load_curves(store)
     assert curves["epoch"].tolist() == [0, 1, 2]
     assert np.isnan(curves["loss_a"].iloc[0]) and (curves["loss_a"].iloc[1:] > 0).all()
+
+
+def test_nulls_of_an_untrained_module_are_measured_in_the_trained_model(store: Path) -> None:
+    """With the weights that the run began with, and with those of the seeds after its own."""
+    config, pair = tiny_config(gca=(0, 1)), pair_of(tiny_config())
+    record = run(config, store)
+    trained, levels = load_model(record["run_id"], store).state_dict(), []
+    for seed in range(1 + DRAWS):
+        torch.manual_seed(seed)
+        model = build_model(config, pair)
+        own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("gca.")}
+        model.load_state_dict(trained | own)
+        levels.append(evaluate(model, pair, "test", protocols=()))
+    for module in ("a.gca0", "b.gca0", "a.gca1", "b.gca1"):
+        initial, *others = (level[f"{module}.cos_mean_abs"] for level in levels)
+        assert record[f"test.{module}.null_initial_mean_abs"] == pytest.approx(initial)
+        assert record[f"test.{module}.null_reinitialised_mean_abs"] == pytest.approx(np.mean(others))
+        assert abs(initial - np.mean(others)) > 1e-6
+
+
+def test_best_on_test_is_what_selection_on_test_would_report(tmp_path: Path) -> None:
+    record = run(tiny_config(track_test=True, epochs=5, eval_every=2, lr=0.03), tmp_path)
+    curves = load_curves(tmp_path).set_index("epoch")
+    metrics = [name for name in record if name.startswith("test.") and name.split(".")[2] in ("full", "s100")]
+    assert {name for name in record if name.startswith("best_test.")} == {f"best_{name}" for name in metrics}
+    assert len(metrics) >= 20
+    for name in metrics:
+        assert curves[name].notna().tolist() == [True, False, True, False, True, True]
+        assert record[name] == curves.loc[record["best_epoch"], name]
+        assert record[f"best_{name}"] == curves.loc[1:, name].max() >= record[name]
+
+
+def test_best_on_test_is_each_figure_s_own_and_not_the_untrained_model_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prescribed = [(0.9, 0.9), (0.1, 0.4), (0.3, 0.2)]  # of the untrained model, of epochs 1 and 2
+
+    def validate(_: object) -> dict[str, float]:
+        mrr, auc = prescribed.pop(0)
+        val = {"val.a.full.mrr": mrr, "val.b.full.mrr": mrr}
+        return {**val, "test.a.full.mrr": mrr, "test.b.s999.auc": auc, "test.a.full_seen.mrr": 1.0, "test.a.targets": 9}
+
+    monkeypatch.setattr(gcalib.training.Trainer, "validate", validate)
+    record = run(tiny_config(track_test=True), tmp_path)
+    best = {name: value for name, value in record.items() if name.startswith("best_test.")}
+    assert best == {"best_test.a.full.mrr": 0.3, "best_test.b.s999.auc": 0.4}
+
+
+def test_best_on_test_of_a_model_that_is_not_trained_is_left_out(tmp_path: Path) -> None:
+    record = run(counted(track_test=True), tmp_path)
+    assert record["test.a.full.mrr"] > 0
+    assert not any(name.startswith("best_test.") for name in record)
 
 
 def test_finished_run_is_never_trained_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
-"""Grids: order, failures, workers that die, Ctrl-C, kills, two grids on one store, a Ray cluster."""
+"""Grids: order, failures, workers that die, Ctrl-C, kills, two grids on one store, a Ray cluster, a GPU for minutes."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import random
 import signal
@@ -12,10 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 import gcalib.experiments
@@ -24,6 +28,7 @@ from gcalib.config import RunConfig, run_id
 from gcalib.data.pair import DataError
 from gcalib.experiments import GridError, pair_of, plan, run_grid
 from gcalib.store import RESULTS_VERSION, RunStore, load_results, record_sha256
+from gcalib.training import fit
 
 TINY = "synthetic:num_users=60,items_a=60,items_b=60"
 TRAINED = {"dim": 8, "epochs": 2, "batch_size": 32, "negatives": 16}
@@ -294,3 +299,85 @@ def test_missing_ray_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"engine='ray' needs Ray: pip install -e '.\[cluster\]' in a clone"):
         run_grid([counted(0)], tmp_path, engine="ray")
+
+
+# ------------------------------------------------------------------------------------------------ a GPU for minutes
+
+
+@pytest.fixture
+def gpu_batch() -> ModuleType:
+    """The script benchmarks/gpu_batch.py."""
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu_batch.py"
+    spec = importlib.util.spec_from_file_location("gpu_batch", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unfinished(store: Path, config: RunConfig, epochs: int) -> Path:
+    """The checkpoint of a run that has trained for some epochs."""
+    name = run_id(config.canonical(), pair_of(config).sha256, RESULTS_VERSION)
+    path = RunStore(store).path("checkpoints", name)
+
+    def stop(row: dict[str, float]) -> None:
+        if row["epoch"] == epochs:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr("gcalib.training.CHECKPOINT_SHARE", float("inf"))
+        fit(config, pair_of(config), device="cpu", checkpoint=path, on_epoch=stop)
+    return path
+
+
+def test_gpu_batch_brings_back_runs_and_the_checkpoints_that_fit(
+    gpu_batch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, here, out = (tmp_path / name for name in ("there", "here", "out"))
+    run_grid([counted(0), counted(1)], there)
+    run_grid([counted(0)], here)
+    small, large = unfinished(there, CONFIGS[0], 1), unfinished(there, tiny_config(dim=32), 1)
+    room = small.stat().st_size + 20_000
+    monkeypatch.setattr(gpu_batch, "RETURNS", room)
+    monkeypatch.setattr(gpu_batch, "PART", 8192)
+    gpu_batch.bring(there, here, out)
+    assert f"too large to come back: {large.stem}" in capsys.readouterr().out
+    sizes = [path.stat().st_size for path in out.iterdir()]
+    assert len(sizes) > 3 and max(sizes) == 8192 and sum(sizes) <= room + 10_240  # which end a tar archive
+
+    left = RunStore(here).path("checkpoints", run_id(counted(1), pair_of(counted(1)).sha256, RESULTS_VERSION))
+    left.parent.mkdir()
+    left.touch()
+    gpu_batch.unpack(out, here)
+    assert "1 runs and 1 checkpoints came" in capsys.readouterr().out
+    assert hashes(here) == hashes(there)
+    assert [path.name for path in left.parent.iterdir()] == [small.name]  # none of a finished run
+    assert (left.parent / small.name).read_bytes() == small.read_bytes()
+
+
+def test_gpu_batch_replaces_no_checkpoint_by_one_that_is_behind(gpu_batch: ModuleType, tmp_path: Path) -> None:
+    there, here, out = (tmp_path / name for name in ("there", "here", "out"))
+    behind, ahead = unfinished(there, CONFIGS[0], 1), unfinished(here, CONFIGS[0], 2)
+    before = ahead.read_bytes()
+    gpu_batch.bring(there, here, out)
+    gpu_batch.unpack(out, here)
+    assert ahead.read_bytes() == before != behind.read_bytes()
+
+
+def test_gpu_batch_puts_the_seeds_of_a_cell_side_by_side(gpu_batch: ModuleType, project: Path) -> None:
+    content = {"pair": TINY, "settings": TRAINED, "grid": [{"seeds": [0]}, {"models": ["sasrec"]}, {"seeds": [1, 2]}]}
+    (project / "params" / "blocks.yaml").write_text(yaml.safe_dump(content))
+    asked = argparse.Namespace(profiles=["blocks", "three"], only=["seed=0,2"])
+    assert [(config.model, config.seed) for config in gpu_batch.chosen(asked)] == [
+        ("abxi", 0), ("abxi", 2), ("sasrec", 0)
+    ]  # fmt: skip
+
+
+def test_checkpoint_of_a_gpu_goes_on_in_the_precision_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(precision="auto")
+    monkeypatch.setattr("gcalib.training.fastest_precision", {"cpu": "fp32"}.__getitem__)
+    path = unfinished(tmp_path, config, 1)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"precision": "bf16", "cuda_rng": content["torch_rng"]}, path)
+    resumed = fit(config, pair_of(config), device="cpu", checkpoint=path)
+    assert (resumed.precision, len(resumed.curves)) == ("fp32", 3)

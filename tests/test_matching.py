@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gcalib import load_pair
 from gcalib.config import RunConfig
-from gcalib.data.batches import Batch
+from gcalib.data.batches import Batch, batches_of_users, events_per_domain
+from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.models import matching
 from gcalib.models.matching import build_model, flops_per_step, matched, parameter_counts, sizes
 
 PAIR = synthetic_pair(num_users=200, num_items=(60, 70), seed=1)
 TEXT = {"llm4cdsr": {"text": "random"}}
-DATA = Path(os.environ.get("GCALIB_DATA", "data"))
 
 
 def config(model: str = "abxi", **changes: object) -> RunConfig:
@@ -67,11 +64,38 @@ def test_sizes_are_those_of_the_built_model_and_draw_nothing(model: str) -> None
     assert found == parameter_counts(build_model(config(model), PAIR))
 
 
+FOOD_KITCHEN = replace(PAIR, num_items=(11_837, 16_258))
+# of ABXI in millions, as the paper gives them (Figure 3): points and modules in succession at each
+PAPER_SIZES = {
+    ((0,), 1): 11.77, ((0,), 2): 13.87, ((0, 1), 1): 13.87, ((0,), 3): 15.97, ((0, 1, 2), 1): 15.97,
+}  # fmt: skip
+
+
 def test_abxi_on_food_kitchen_is_as_large_as_the_official_program() -> None:
-    if not (DATA / "food-kitchen").is_dir():
-        pytest.skip("needs the data of Food-Kitchen in the folder that GCALIB_DATA names")
-    pair = load_pair("food-kitchen", download=False)
-    assert sizes(RunConfig(pair="food-kitchen", dim=256), pair)["params_total"] == 9_651_200
+    assert sizes(config(gca=(), dim=256), FOOD_KITCHEN)["params_total"] == 9_651_200
+
+
+@pytest.mark.parametrize(("gca", "depth"), PAPER_SIZES)
+def test_abxi_on_food_kitchen_is_as_large_as_in_the_paper(gca: tuple[int, ...], depth: int) -> None:
+    size = PAPER_SIZES[gca, depth] * 1e6
+    asked = config(gca=gca, gca_depth=depth, dim=256)
+    found = sizes(asked, FOOD_KITCHEN)["params_total"]
+    assert found == pytest.approx(size, rel=0.005)
+    baseline = sizes(asked.replace(match="params"), FOOD_KITCHEN)["params_total"]
+    assert baseline == pytest.approx(size, rel=0.01)
+    assert baseline == pytest.approx(found, rel=0.01)
+
+
+def test_the_size_to_match_is_that_of_depth_gate_and_norm() -> None:
+    """A module has 16 d^2 weights, 9 d biases and a norm of 2 d; there are two a point."""
+    d, plain = 32, sizes(config(gca=()), PAIR)["params_total"]
+    module = 16 * d**2 + 9 * d + 2 * d
+    changes: dict[str, dict[str, object]] = {"gca_depth": {"gca_depth": 2}, "gca_norm": {"gca_norm": False}}
+    changes["gate_hidden"] = {"gate_hidden": 64}
+    wanted = {"gca_depth": 4 * module, "gca_norm": 2 * (module - 2 * d), "gate_hidden": 2 * (module - 64 * (3 * d + 1))}
+    for name, change in changes.items():
+        target = matched(config(match="params", **change), PAIR).target
+        assert target - plain == wanted[name], name
 
 
 # ------------------------------------------------------------------------------------- the parameter-matched baseline
@@ -119,7 +143,7 @@ def test_a_model_without_insertion_points_cannot_be_matched() -> None:
 def test_a_size_that_no_width_comes_near_is_refused() -> None:
     """Steps of a width of 2 are larger than a percent."""
     with pytest.raises(ValueError, match=r"abxi cannot be matched: the nearest size is .* of gca=\(0,\)"):
-        matched(config(dim=2, heads=1, domain_rank=1, invariant_rank=1, match="network"), PAIR)
+        matched(config(dim=2, heads=1, domain_rank=1, invariant_rank=1, gate_hidden=2, match="network"), PAIR)
 
 
 # ------------------------------------------------------------------------------------------------------ operations
@@ -129,6 +153,32 @@ def test_flops_are_those_of_the_products() -> None:
     """Three inner widths at equal steps: the feed-forward layers' products grow by equal steps, and nothing else."""
     small, middle, large = (flops_per_step(build_model(config(hidden=h), PAIR), PAIR, 16) for h in (32, 64, 96))
     assert large - middle == middle - small > 0
+
+
+def test_flops_are_counted_on_the_batch_of_median_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with pads; one of the batches of users of like length that an epoch has."""
+    built, training = build_model(config("sasrec", dim=8, gca=()), PAIR), PAIR.split("val")
+    asked: list[np.ndarray] = []
+    collate = built.collate
+
+    def collated(histories: list[np.ndarray], pair: Pair, *, training: bool, users: np.ndarray) -> Batch:
+        asked.append(users)
+        return collate(histories, pair, training=training, users=users)
+
+    monkeypatch.setattr(built, "collate", collated)
+    flops_per_step(built, PAIR, 16)
+    (users,) = asked
+
+    def rows(batch: np.ndarray) -> int:
+        return len(batch) * max(len(training.history(user)) for user in batch)
+
+    epoch = list(batches_of_users(events_per_domain(PAIR, training), 16, np.random.default_rng(5)))
+    sizes = sorted(rows(batch) for batch in epoch)
+    assert len(epoch) == 13
+    assert sizes[5] <= rows(users) <= sizes[7]
+    assert sizes[0] < sizes[5] and sizes[7] < sizes[-1]
+    lengths = [len(training.history(user)) for user in users]
+    assert max(lengths) - min(lengths) < np.ptp(training.lengths) / 3
 
 
 def test_flops_of_attention_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gcalib.attention import record_activations
@@ -15,6 +18,7 @@ from gcalib.config import RunConfig
 from gcalib.data.batches import Batch, Stream
 from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
+from gcalib.evaluation import evaluate
 from gcalib.layers import TransformerEncoder
 from gcalib.models.base import Recommender, States
 from gcalib.models.cdsrnp import CDSRNP, InterestDecoder
@@ -30,7 +34,11 @@ PAIR = synthetic_pair(num_users=60, num_items=(60, 70), seed=4)
 NUM_A, NUM_ITEMS = 60, 130
 Z = torch.linspace(-1, 1, 16, dtype=torch.float64)  # CDSRNP's latent: what holds of states holds given z
 
+SEVERAL = [((0,), 2), ((1,), 2), ((2,), 2), ((0, 2), 2), ((0,), 3), ((2,), 3)]  # modules in succession at a point
+DEEP = [(name, *several) for name in ("abxi", "llm4cdsr", "cdsrnp") for several in SEVERAL]
+
 each_case = pytest.mark.parametrize(("name", "gca"), CASES)
+each_depth = pytest.mark.parametrize(("name", "gca", "depth"), [(*case, 1) for case in CASES] + DEEP)
 each_case_per_domain = pytest.mark.parametrize(("name", "gca"), PER_DOMAIN_CASES)
 
 
@@ -43,14 +51,14 @@ def without_order(pair: Pair) -> Pair:
 PER_DOMAIN = without_order(PAIR)
 
 
-def config_of(name: str, gca: tuple[int, ...]) -> RunConfig:
+def config_of(name: str, gca: tuple[int, ...], **changes: Any) -> RunConfig:
     text = {"text": "random"} if name == "llm4cdsr" else {}
-    return RunConfig(pair="tiny", model=name, gca=gca, dim=16, heads=2, dropout=0.0, max_length=20, **text)
+    return RunConfig(pair="tiny", model=name, gca=gca, dim=16, heads=2, dropout=0.0, max_length=20, **text, **changes)
 
 
-def model_of(name: str, gca: tuple[int, ...], pair: Pair = PAIR) -> Recommender:
+def model_of(name: str, gca: tuple[int, ...], pair: Pair = PAIR, **changes: Any) -> Recommender:
     torch.manual_seed(3)
-    model = build_model(config_of(name, gca), pair).double()
+    model = build_model(config_of(name, gca, **changes), pair).double()
     with torch.no_grad():  # what starts at zero, such as biases, LoRA and pads, would hide a leak
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -97,10 +105,10 @@ def changed_from(rng: np.random.Generator, sequence: np.ndarray, t: int) -> np.n
 # --------------------------------------------------------------------------------------- no future reaches the past
 
 
-@each_case
-def test_no_future_in_training(name: str, gca: tuple[int, ...]) -> None:
+@each_depth
+def test_no_future_in_training(name: str, gca: tuple[int, ...], depth: int) -> None:
     """A state that predicts event t or an earlier one depends on no event from t on."""
-    model, rng = model_of(name, gca), np.random.default_rng(0)
+    model, rng = model_of(name, gca, gca_depth=depth), np.random.default_rng(0)
     compared = moved = 0
     for t in (3, 5, 8, 10):
         sequences = [history(rng, length) for length in (14, 12, 11)]
@@ -134,19 +142,19 @@ def rows_before(t: int, model: Recommender, batch: Batch) -> list[Tensor]:
     return [h[mask & (stream.query_position < t)] for stream, mask, h in found]
 
 
-@each_case
-def test_no_future_in_evaluation(name: str, gca: tuple[int, ...]) -> None:
+@each_depth
+def test_no_future_in_evaluation(name: str, gca: tuple[int, ...], depth: int) -> None:
     """Also of rows older than the newest, which a later cross-attention reads."""
-    model, rng, compared = model_of(name, gca), np.random.default_rng(1), 0
+    model, rng, compared = model_of(name, gca, gca_depth=depth), np.random.default_rng(1), 0
     for t in (4, 7, 10):
         sequence = history(rng, 13)
         both = (sequence, changed_from(rng, sequence, t))
         first, second = (rows_before(t, model, batch_of(model, [items], False)) for items in both)
-        assert len(first) == len(ENCODED[name]) + 2 * len(gca)
+        assert len(first) == len(ENCODED[name]) + 2 * len(gca) * depth
         for one, other in zip(first, second, strict=True):
             assert near(one, other), t
             compared += len(one)
-    assert compared > 7 * len(ENCODED[name]) + 10 * len(gca)
+    assert compared > 7 * len(ENCODED[name]) + 10 * len(gca) * depth
 
 
 # ------------------------------------------------------------------------------------- one computation for all users
@@ -166,9 +174,9 @@ def test_a_user_does_not_depend_on_the_others_in_the_batch(name: str, gca: tuple
             assert near(state[0], together[user])
 
 
-@each_case
-def test_the_last_training_state_is_the_evaluation_state(name: str, gca: tuple[int, ...]) -> None:
-    model = model_of(name, gca)
+@each_depth
+def test_the_last_training_state_is_the_evaluation_state(name: str, gca: tuple[int, ...], depth: int) -> None:
+    model = model_of(name, gca, gca_depth=depth)
     trained = predictions(model, HISTORIES)
     asked = states_of(model, batch_of(model, [sequence[:-1] for sequence in HISTORIES], False))
     for user, sequence in enumerate(HISTORIES):
@@ -255,7 +263,118 @@ def test_training_is_the_evaluation_form_without_a_global_order(name: str, gca: 
         assert near(rows[-1], state[0, 0])
 
 
-@pytest.mark.parametrize("gca", STACKS[4:])
-def test_a_stack_without_a_global_order_is_refused(gca: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("gca", "depth"), [(gca, 1) for gca in STACKS[4:]] + [((0,), 2), ((1,), 3), ((2,), 2)])
+def test_a_stack_without_a_global_order_is_refused(gca: tuple[int, ...], depth: int) -> None:
     with pytest.raises(ValueError, match=r"cannot be stacked on synthetic, a per-domain pair: .* single insertion"):
-        model_of("cdsrnp", gca, PER_DOMAIN)
+        model_of("cdsrnp", gca, PER_DOMAIN, gca_depth=depth)
+
+
+# ------------------------------------------------------------------------------------------------ modules in succession
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("gca", "point"), [((0,), 0), ((0, 1), 1)])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_modules_of_a_point_follow_one_another(depth: int, gca: tuple[int, ...], point: int, training: bool) -> None:
+    """The first is what it is alone; a later one reads what both first ones made, and compares events as in a stack."""
+    model = model_of("abxi", gca, gca_depth=depth)
+    batch = batch_of(model, HISTORIES, training)
+    h = tuple(torch.randn(*stream.items.shape, 16, dtype=torch.float64) for stream in batch.domains)
+    asked, known = (batch.a, batch.b), (batch.b, batch.a)
+    expected = h
+    with torch.no_grad():
+        for suffix in ("", "_2", "_3")[:depth]:
+            updated, modules = bool(suffix) or point > 0, [model.gca[f"{point}{s}{suffix}"] for s in "ab"]
+            outs = [
+                gca(x, y, query_mask=of_x.mask, key_mask=of_y.mask, mask=mask)
+                for gca, x, y, of_x, of_y in zip(modules, expected, expected[::-1], asked, known, strict=True)
+                for newest in [of_y.query_position + 1 if updated else of_y.position]
+                for mask in [newest.unsqueeze(1) <= of_x.query_position.unsqueeze(2)]
+            ]
+            expected = tuple(
+                torch.where(s.mask.unsqueeze(2), out, x) for s, out, x in zip(asked, outs, expected, strict=True)
+            )
+        with record_activations(model) as recorded:
+            found = model.gca(point, h, batch)
+    assert all(near(one, other) for one, other in zip(found, expected, strict=True))
+    assert [seen.name for seen in recorded] == [f"{s}.gca{point}{n}" for n in ("", "_2", "_3")[:depth] for s in "ab"]
+    assert all(seen.updated.any() for seen in recorded)
+
+
+def test_modules_of_a_point_are_built_as_the_config_says() -> None:
+    model = build_model(config_of("cdsrnp", (0, 2), gca_depth=2, gate_hidden=5, gca_norm=False, gate="tanh"), PAIR)
+    assert set(model.gca) == {f"{point}{s}{n}" for point in (0, 2) for s in "ab" for n in ("", "_2")}
+    for gca in model.gca.values():
+        assert gca.gate[0].out_features == 5
+        assert not list(gca.norm.parameters())
+        assert isinstance(gca.activation, torch.nn.Tanh)
+
+
+# ------------------------------------------------------------------------------------------- the sign of a tanh gate
+
+
+def flip_features(model: Recommender, seed: int, share: float) -> None:
+    """Change the sign of some features of X' and of the gate before its tanh, of each module others."""
+    rng = torch.Generator().manual_seed(seed)
+    for gca in model.gca.values():
+        count = max(1, min(15, round(16 * share)))
+        flipped = torch.randperm(16, generator=rng)[:count]
+        for layer in (gca.cross_attention.out, gca.gate[2]):
+            layer.weight.data[flipped] *= -1
+            layer.bias.data[flipped] *= -1
+
+
+def measured(model: Recommender) -> tuple[Tensor, dict[str, float]]:
+    """Scores of all items as the next events of `HISTORIES`, and the alignment over the test split."""
+    states = states_of(model, batch_of(model, HISTORIES, False))
+    scores = [model.scorer(domain)(h[:, 0]) for domain, h in enumerate(states)]
+    return torch.cat(scores, dim=1).detach(), evaluate(model, PAIR, "test", protocols=())
+
+
+DETERMINED = ("gated_cos_", "gated_null_perm_", "gated_norm_", "fixed_", "norm_x")
+
+
+@pytest.mark.parametrize("name", ["abxi", "cdsrnp"])
+@pytest.mark.parametrize("gca", [(0,), (0, 1)])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**30), share=st.floats(0.1, 0.9))
+def test_signs_of_a_tanh_gate_s_features_are_not_determined(
+    name: str, gca: tuple[int, ...], seed: int, share: float
+) -> None:
+    """The model computes the same whichever they are, and so the gated and the fixed cosine are the same."""
+    model = model_of(name, gca, gate="tanh")
+    scores, before = measured(model)
+    flip_features(model, seed, share)
+    again, after = measured(model)
+    assert near(again, scores, 1e-9)
+    for key, value in before.items():
+        if key.partition(".gca")[2][2:].startswith(DETERMINED):
+            assert after[key] == pytest.approx(value, abs=1e-9), key
+    changes = [abs(after[key] - before[key]) for key in before if key.endswith(".cos_mean_abs")]
+    assert len(changes) == 2 * len(gca)
+    assert min(changes) > 1e-9
+
+
+@pytest.mark.parametrize("name", ["abxi", "cdsrnp"])
+def test_cosine_of_a_tanh_gate_s_update_depends_on_signs_that_are_not_determined(name: str) -> None:
+    """Of one function, the mean |cos(X, X')| of every module takes values that lie apart."""
+    model, readings = model_of(name, (0, 1), gate="tanh"), []
+    for seed in range(12):
+        flip_features(model, seed, 0.5)
+        readings.append(measured(model)[1])
+    modules = [f"{s}.gca{point}" for s in "ab" for point in (0, 1)]
+    assert min(np.ptp([reading[f"{module}.cos_mean_abs"] for reading in readings]) for module in modules) > 0.02
+
+
+@pytest.mark.parametrize("name", ["abxi", "cdsrnp"])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**30), share=st.floats(0.1, 0.9))
+def test_signs_of_a_sigmoid_gate_s_features_are_determined(name: str, seed: int, share: float) -> None:
+    model = model_of(name, (0,), gate="sigmoid")
+    scores, before = measured(model)
+    flip_features(model, seed, share)
+    again, after = measured(model)
+    assert (again - scores).abs().max() > 0.01
+    for module in ("a.gca0", "b.gca0"):
+        assert before[f"{module}.fixed_cos_signed"] == pytest.approx(before[f"{module}.cos_signed"], abs=1e-12)
+        assert abs(after[f"{module}.gated_cos_mean_abs"] - before[f"{module}.gated_cos_mean_abs"]) > 1e-9

@@ -1,4 +1,4 @@
-"""The store's files: merged, copied, damaged, unwritable, shared, of an older results version."""
+"""The store's files: merged, copied, damaged, unwritable, shared, of another results version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 from filelock import Timeout
 
-import gcalib.store
 from gcalib.config import Profile, RunConfig, run_id
 from gcalib.store import RESULTS_VERSION, RunStore, load_curves, load_results, record_sha256, write
 
@@ -139,14 +138,18 @@ def test_compaction_beside_a_reader_and_a_writer_loses_nothing(store: RunStore) 
     assert len(load_curves(store.folder)) == 3 * 2 + count
 
 
-def test_records_of_an_older_results_version_do_not_answer(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = store.names()[0]
-    store.put({**store.get(old), "results_version": 0}, [])  # type: ignore[dict-item]
-    store.compact()
-    assert old not in load_results(store.folder)["run_id"].tolist()
-    assert store.get(old) is None and old not in store.names()
-    monkeypatch.setattr(gcalib.store, "ANSWERING", (0, RESULTS_VERSION))
-    assert len(load_results(store.folder)) == 3
+@pytest.mark.parametrize("version", [RESULTS_VERSION - 1, RESULTS_VERSION + 1])
+def test_records_of_another_results_version_do_not_answer(store: RunStore, version: int) -> None:
+    """They stay in the store, for a program of that version."""
+    ours, config = store.names(), CONFIGS[0].replace(seed=9)
+    theirs = record_of(config, run_id=run_id(config, "data", version), results_version=version)
+    store.put(theirs, [{"epoch": 0}])
+    for _ in ("new", "merged"):
+        runs = RunStore(store.folder)
+        assert runs.get(theirs["run_id"]) is None and runs.find(config) is None
+        assert load_results(store.folder)["run_id"].tolist() == ours
+        assert store.compact() == 4
+    assert store.names() == ours
 
 
 def test_record_older_than_a_field_means_its_default(store: RunStore) -> None:

@@ -45,7 +45,7 @@ def curves(epochs: int = 200) -> pd.DataFrame:
 
 def everyone() -> dict[str, alt.TopLevelMixin]:
     nulls = pd.DataFrame([(c, d, 0.2 + s / 50) for c in "xy" for d in "AB" for s in range(3)])
-    nulls = nulls.set_axis(["case", "domain", "cos_mean_abs"], axis=1).assign(null_mean_abs=0.1, cos_gated=0.3)
+    nulls = nulls.set_axis(["case", "domain", "cos_mean_abs"], axis=1).assign(null_mean_abs=0.1, gated_cos_mean_abs=0.3)
     long = pd.DataFrame(
         [(m, p, d, e, e + s) for m in "mn" for p in "pq" for d in "AB" for e in range(60) for s in (0, 1)]
     )
@@ -68,6 +68,7 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
         ),
         "cosine_and_ndcg": charts.cosine_and_ndcg(curves(), title="T", subtitle="one run"),
         "forest_plot": charts.forest_plot(MEANS, x_title="NDCG@10 (%)", title="T"),
+        "forest_plot of nothing": charts.forest_plot(MEANS[:0], x_title="x", title="T"),
         "levels": charts.forest_plot(MEANS.drop(columns="each"), x_title="x", title="T", differences=False),
         "against_nulls": charts.against_nulls(nulls, title="T", band=(0.1, 0.2)),
         "scatter": charts.scatter(DOTS, panel="model", cells=["pair"], **NAMED),

@@ -125,8 +125,11 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"published": ("shuffled_batches",)},
         {"schedule": "plateau", "lr": 0.03, "plateau_patience": 0, "stop_patience": 2, "epochs": 30},
         {"model": "cdsrnp", "gca": (0, 1)},  # draws its support and its latent from torch's generator
+        {"eval_every": 2},
+        {"eval_every": 3, "track_test": True},  # interrupted after an epoch without a validation
+        {"schedule": "plateau", "lr": 0.03, "plateau_patience": 0, "stop_patience": 1, "epochs": 30, "eval_every": 3},
     ],
-    ids=["cosine", "shuffled", "plateau", "cdsrnp"],
+    ids=["cosine", "shuffled", "plateau", "cdsrnp", "every 2", "every 3, test", "plateau, every 3"],
 )
 def test_resume_ends_bit_for_bit_as_an_uninterrupted_run(
     checkpoint: Path, changes: dict[str, object], caplog: pytest.LogCaptureFixture
@@ -319,6 +322,58 @@ def test_plateau_cuts_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None
     rates = [row["lr"] for row in fit(config, PAIR, device="cpu").curves[1:]]
     cuts = [0, 0, 0, 0, 1, 1, 1, 2, 2]  # after epochs 3, 4 and 6, 7 without a better one
     assert rates == pytest.approx([0.03 * 0.3162**n for n in cuts])
+
+
+# ------------------------------------------------------------------------------- how often, and test beside validation
+
+
+@pytest.mark.parametrize(("epochs", "every", "expected"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (3, 7, [3])])
+def test_validation_is_made_every_few_epochs_and_after_the_last(epochs: int, every: int, expected: list[int]) -> None:
+    done = fit(tiny_config(epochs=epochs, eval_every=every, lr=0.03), PAIR, device="cpu")
+    assert [row["epoch"] for row in done.curves] == list(range(epochs + 1))
+    assert all(row["loss_a"] > 0 for row in done.curves[1:])
+    validated = [row for row in done.curves if any(key.startswith("val.") for key in row)]
+    assert [row["epoch"] for row in validated] == [0, *expected]
+    found = {row["epoch"]: row["val.a.full.mrr"] + row["val.b.full.mrr"] for row in validated[1:]}
+    assert done.best_epoch == max(found, key=found.__getitem__)
+    again = evaluate(done.model, PAIR, "val", protocols=("full",), alignment=False)
+    assert again["a.full.mrr"] + again["b.full.mrr"] == max(found.values())
+
+
+@pytest.mark.parametrize("model", ["abxi", "cdsrnp"])
+def test_training_does_not_depend_on_what_is_evaluated(checkpoint: Path, model: str) -> None:
+    """Losses and the weights after the last epoch, which a checkpoint holds beside those of the best one."""
+    curves, weights = [], []
+    for number, changes in enumerate(({}, {"eval_every": 2}, {"track_test": True})):
+        path = checkpoint.with_stem(f"run{number}")
+        curves.append(fit(tiny_config(model=model, **changes), PAIR, device="cpu", checkpoint=path).curves)
+        weights.append(torch.load(path, weights_only=True)["model"])
+    plain = curves[0]
+    for other, theirs in zip(curves[1:], weights[1:], strict=True):
+        for one, row in zip(plain, other, strict=True):
+            shared = {key: value for key, value in row.items() if not key.startswith("test.")}
+            assert shared == {key: one[key] for key in shared}
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights[0].items())
+
+
+def test_track_test_puts_the_test_split_beside_validation() -> None:
+    done = fit(tiny_config(track_test=True, eval_every=2), PAIR, device="cpu")
+    assert [any(key.startswith("test.") for key in row) for row in done.curves] == [True, False, True, True]
+    row = next(row for row in done.curves if row["epoch"] == done.best_epoch)
+    wanted = evaluate(done.model, PAIR, "test", alignment=False)
+    assert {key: value for key, value in row.items() if key.startswith("test.")} == {
+        f"test.{key}": value for key, value in wanted.items()
+    }
+
+
+def test_plateau_counts_validations(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = prescribe(monkeypatch, [0.9, 0.1, 0.3, 0.2, 0.2])
+    changes = {"schedule": "plateau", "epochs": 50, "stop_patience": 2, "plateau_patience": 0, "eval_every": 2}
+    done = fit(tiny_config(lr=0.03, **changes), PAIR, device="cpu")
+    assert done.stopped_early
+    assert (done.best_epoch, len(done.curves) - 1) == (4, 8)
+    assert all(torch.equal(tensor, weights[2][name]) for name, tensor in done.model.state_dict().items())
+    assert [row["lr"] for row in done.curves[1:]] == pytest.approx([0.03] * 6 + [0.03 * 0.3162] * 2)
 
 
 # --------------------------------------------------------------------------------------------------------- precision

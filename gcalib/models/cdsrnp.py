@@ -174,11 +174,11 @@ class CDSRNP(Recommender):
         ValueError
             For a stack on a per-domain pair, or if no user can be support.
         """
-        if not pair.has_global_order and len(config.gca) > 1:
+        if not pair.has_global_order and len(config.gca) * config.gca_depth > 1:
             raise ValueError(
-                f"gca={config.gca} cannot be stacked on {pair.name}, a per-domain pair: without a global order, rows "
-                "that one cross-attention has updated hold the future of the other domain, which the next would read "
-                "back; give a single insertion point."
+                f"gca={config.gca} with gca_depth={config.gca_depth} cannot be stacked on {pair.name}, a per-domain "
+                "pair: without a global order, rows that one cross-attention has updated hold the future of the other "
+                "domain, which the next would read back; give a single insertion point with gca_depth=1."
             )
         return cls(config, pair.num_items, None if config.latent == 0 else Support.draw(pair, config.seed))
 

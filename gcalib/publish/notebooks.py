@@ -46,14 +46,15 @@ class Outcome:
 
 
 def notebooks(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
-    """The notebooks of a folder in order, or those whose file name starts with one of `names`.
+    """The notebooks of a folder in order, and its appendices, or those whose file name starts with one of `names`.
 
     Raises
     ------
     ValueError
         For a name that none starts with.
     """
-    paths, starts = sorted(folder.glob("[0-9][0-9]_*.ipynb")), [Path(name).name for name in names]
+    starts = [Path(name).name for name in names]
+    paths = [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted(folder.glob("appendix/[A-Z]_*.ipynb"))]
     for start in starts:
         if not any(path.name.startswith(start) for path in paths):
             known = ", ".join(path.stem for path in paths) or "none"

@@ -13,7 +13,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from gcalib.study.theme import BAND, COLOURS, GREY, INK, LEVELS, colours
+from gcalib.study.theme import BAND, COLOURS, GREY, INK, LEVELS, PAPER, colours
 
 FEWEST = 4  # runs of an interval that is drawn; of fewer, the runs are
 POINTS, ROWS = 60, 300  # of a line, what a panel can show; of all lines of a figure
@@ -129,12 +129,15 @@ def forest_plot(
     ----------
     frame
         As of `gcalib.study.statistics`: the columns named by `row` and `panel`, `n`, `mean`, `low`, `high`, and `each`
-        for the runs.
+        for the runs; `paper`, a published figure, is drawn as a grey diamond.
     own_axes
         Whether each panel has rows and a scale of its own.
     differences
         Whether there is a line at zero, and colours that say on which side of it an interval lies.
     """
+    if not len(frame):  # so that a notebook can be executed while its runs are awaited
+        nothing = alt.Chart(pd.DataFrame({"text": ["no runs yet"]})).mark_text().encode(alt.Text("text:N"))
+        return _finish(nothing, frame, "", 0, title, subtitle)
     drawn = (frame["n"] >= FEWEST) & frame["low"].notna()
     names = {"above 0": COLOURS[0], "below 0": COLOURS[1], "open": "#999999", "too few runs": "#bbbbbb"}
     says = np.select([~drawn, frame["low"] > 0, frame["high"] < 0], ["too few runs", "above 0", "below 0"], "open")
@@ -144,7 +147,8 @@ def forest_plot(
         says=says, run=each.where(~drawn, frame["mean"]),  # a field without any value has no scale
     ).explode("run").astype({"run": float})  # fmt: skip
     high = 24 * int(frame.groupby(panel)[row].nunique().max()) if own_axes else alt.Step(24)
-    plain = _base(table, row, panel, "mean", "low", "high", "says", "run", width=270, height=high)
+    table["paper"] = frame["paper"].reindex(table.index) if "paper" in frame else np.nan
+    plain = _base(table, row, panel, "mean", "low", "high", "says", "run", "paper", width=270, height=high)
     ticks = alt.Axis(tickCount=5, labelFlush=True, labelOverlap=True)  # so that none touches those of the next panel
     axis: dict[str, Any] = {"title": x_title, "scale": alt.Scale(zero=differences), "axis": ticks}
     scale = alt.Scale(domain=[*names], range=[*names.values()])
@@ -157,10 +161,45 @@ def forest_plot(
         base.mark_tick(color=INK, thickness=1.5, size=14).encode(alt.X("run:Q", **axis), opacity=shown),
         base.mark_point(size=70).encode(alt.X("mean:Q", **axis), color=hue),
     ]
+    if table["paper"].notna().any():
+        mark = base.mark_point(size=90, shape="diamond", color=PAPER, filled=False, strokeWidth=2)
+        layers.append(mark.encode(alt.X("paper:Q", **axis)))
     if differences:
         layers.insert(0, plain.mark_rule(color=GREY, strokeDash=[4, 3]).encode(alt.X(datum=0, title=x_title)))
     own = "xy" if own_axes else "" if differences else "x"
     return _finish(alt.layer(*layers), frame, panel, columns, title, subtitle, own)
+
+
+def by_size(frame: pd.DataFrame, paper: pd.DataFrame, *, title: str, subtitle: str = "", columns: int = 2) -> Any:
+    """NDCG@10 against parameters, a panel for each `case` and domain, with the paper's points in grey.
+
+    `frame` is of `gcalib.study.tables.sizes`, `paper` of `tables.published("figure3")`. Intervals are drawn from
+    `FEWEST` runs on.
+    """
+    drawn = frame["n"] >= FEWEST
+    ours = pd.DataFrame({
+        "panel": frame["case"] + " · " + frame["domain"], "arm": frame["arm"], "of": "ours", "ndcg": frame["mean"],
+        "millions": frame["params_total"] / 1e6,
+        "low": frame["low"].where(drawn, frame["mean"]), "high": frame["high"].where(drawn, frame["mean"]),
+    })  # fmt: skip
+    panels = paper["model"] + " · " + paper["pair"] + " · " + paper["domain"]
+    theirs = paper.assign(panel=panels, of="paper", ndcg=paper["ndcg10"], millions=paper["params_millions"])
+    theirs = theirs[theirs["panel"].isin(ours["panel"])]
+    table = pd.concat([ours, theirs.assign(low=theirs["ndcg"], high=theirs["ndcg"])])
+    base = _base(table, "panel", "arm", "of", "ndcg", "millions", "low", "high", width=270, height=190).encode(
+        _axis(alt.X, "millions", "parameters, embeddings included (millions)", zero=False, padding=8),
+        shape=alt.Shape("arm:N", legend=alt.Legend(title=None, orient="top")),
+    )  # fmt: skip
+    value = _axis(alt.Y, "ndcg", "NDCG@10", zero=False)
+    of = {name: base.transform_filter(f"datum.of == '{name}'") for name in ("paper", "ours")}
+    layers = [
+        of["paper"].mark_line(color=PAPER, strokeDash=[4, 3]).encode(value, alt.Detail("arm:N")),
+        of["paper"].mark_point(color=PAPER, filled=False).encode(value),
+        of["ours"].mark_line().encode(value, _colour(ours, "arm")),
+        of["ours"].mark_rule(strokeWidth=2).encode(alt.Y("low:Q"), alt.Y2("high:Q"), _colour(ours, "arm")),
+        of["ours"].mark_point(size=70).encode(value, _colour(ours, "arm")),
+    ]
+    return _finish(alt.layer(*layers), table, "panel", columns, title, subtitle, "xy")
 
 
 def against_nulls(frame: pd.DataFrame, *, title: str, subtitle: str = "", band: Sequence[float] = ()) -> Any:
@@ -173,7 +212,7 @@ def against_nulls(frame: pd.DataFrame, *, title: str, subtitle: str = "", band: 
     means = frame.groupby(["case", "domain"], sort=False)[there].mean().reset_index().melt(["case", "domain"])
     runs = frame[["case", "domain", "cos_mean_abs"]].melt(["case", "domain"]).assign(kind="run")
     table = pd.concat([means.dropna(), runs])
-    kind = table["variable"].map({"cos_mean_abs": "mean", "cos_gated": "gated"}).fillna("null")
+    kind = table["variable"].map({"cos_mean_abs": "mean", "gated_cos_mean_abs": "gated"}).fillna("null")
     table = table.assign(kind=table["kind"].fillna(kind), what=table["variable"].map(LEVELS))
     drawn = _base(table, "case", "domain", "value", "what", "kind", width=270, height=alt.Step(24))
     base = drawn.encode(

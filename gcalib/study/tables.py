@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from gcalib.store import load_curves
+from gcalib.study import statistics
+
 NAMES = {
     "abxi": "ABXI", "llm4cdsr": "LLM4CDSR", "cdsrnp": "CDSRNP", "sasrec": "SASRec, one domain",
     "sasrec-mixed": "SASRec, mixed", "popularity": "popularity", "markov": "Markov chain", "item-knn": "item-KNN",
@@ -16,85 +19,174 @@ NAMES = {
 BASELINES = [NAMES[name] for name in ("abxi", "llm4cdsr", "cdsrnp")]
 """The models that the paper's claims are about."""
 
+PROTOCOL = {"ABXI": "s999", "LLM4CDSR": "s100", "CDSRNP": "s999"}
+"""The paper's candidates: so many sampled items beside the right one, as in the baselines' own papers."""
+
 
 def published(name: str) -> pd.DataFrame:
-    """Figures of others: "claims" (of the paper, by claim) or "published" (of official programs, on the test events).
+    """Figures of others, with `model` spelt as in `NAMES`.
 
-    Claims have `claim`, `model`, `pair`, `domain`, `figure`, `plain` (without cross-attention), `found`; programs have
-    `source`, `model`, `pair`, `candidates`, `domain` (a or b), `metric`, `mean`, `sd` over `runs` seeds.
+    - "claims", of the paper (arXiv 2510.09435): `claim`, `model`, `pair`, `domain`, `question` (as of
+      `gcalib.study.claims`), `figure` (of an effect, in percent), `text`, and where the claim is the figure itself the
+      range `low` to `high` that replicates it. Nan is any model, pair or domain.
+    - "figure2", "figure3", points of the figures in its first author's public post, read off: `abs_cos` (|mean cos|, to
+      0.005) and `ndcg10` (to 0.001) of a `model` and `domain`, without points that others hide; `ndcg10` against
+      `params_millions` (to 0.02, embeddings included) of a `case`, `domain` and `arm` (baseline, early, stack).
+    - "published", of official programs, on test events: `source`, `model`, `pair`, `candidates`, `domain` (a or b),
+      `metric`, `mean`, `sd` over `runs` seeds.
     """
-    return pd.read_csv(Path(__file__).with_name(f"{name}.csv"))
+    table = pd.read_csv(Path(__file__).with_name(f"{name}.csv"))
+    return table.assign(model=table["model"].replace(NAMES))
 
 
 def named(runs: pd.DataFrame) -> pd.DataFrame:
     """Records with columns that name them for a reader: `model` as its paper spells it, `case` (model and pair) and
-    `variant`, such as "plain", "GCA0", "GCA0+1", "GCA0, tanh", "GCA0, 8 heads".
+    `variant`: "plain", "GCA0+1", "GCA0 ×2" (two modules in succession), "GCA0, tanh", "GCA0, small gate", ...
 
-    "matched" is the parameter-matched baseline of GCA0.
+    "matched (all parameters)" is the plain model widened to the size of GCA0, "matched (network)" to its size without
+    embedding tables, and "matched to GCA0+1 (all parameters)" to that of another variant.
     """
     models = runs["model"].map(NAMES)
-    fields = zip(runs["gca"], runs["match"], runs["gate"], runs["heads"], strict=True)
-    return runs.assign(model=models, variant=[_variant(*row) for row in fields], case=models + " · " + runs["pair"])
+    fields = ["gca", "gca_depth", "gate_hidden", "gca_norm", "gate", "heads", "match"]
+    variants = [_variant(*row) for row in zip(*(runs[name] for name in fields), strict=True)]
+    for name, (text, latent, options) in enumerate(zip(runs["text"], runs["latent"], runs["published"], strict=True)):
+        variants[name] += ", random text" * (text == "random") + ", no latent" * (latent == 0)
+        variants[name] += ", official attention" * ("official_attention" in options)
+    return runs.assign(model=models, variant=variants, case=models + " · " + runs["pair"])
 
 
-def _variant(gca: Sequence[int], match: object, gate: str, heads: int) -> str:
+def _variant(
+    gca: Sequence[int], depth: int, gate_hidden: float | None, norm: bool, gate: str, heads: int, match: object
+) -> str:
     if not len(gca):
         return "plain"
-    name = "GCA" + "+".join(map(str, gca))
+    name = "GCA" + "+".join(map(str, gca)) + (f" ×{depth}" if depth > 1 else "")
+    name += ", small gate" * pd.notna(gate_hidden) + ", no norm" * (not norm)
     if isinstance(match, str):  # else None, or nan where pandas has put it
-        return "matched" if (name, match) == ("GCA0", "network") else f"matched to {name}'s {match}"
-    return name + (f", {gate}" if gate != "sigmoid" else "") + (f", {heads} heads" if heads != 4 else "")
+        return f"matched{f' to {name}' * (name != 'GCA0')} ({'all parameters' if match == 'params' else match})"
+    return name + f", {gate}" * (gate != "sigmoid") + f", {heads} heads" * (heads != 4)
 
 
-def one_width(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the commonest width: the cosine of random directions depends on it, and ranking does too."""
-    return runs[runs["dim"] == runs["dim"].mode().iloc[0]]
+def of_width(runs: pd.DataFrame, dim: int | None = None) -> pd.DataFrame:
+    """The runs of one width d; None is the largest of each model. Ranking depends on it, and chance level of cosine."""
+    return runs[runs["dim"] == (dim or runs.groupby("model")["dim"].transform("max"))]
 
 
-def by_domain(runs: pd.DataFrame, figures: Mapping[str, str]) -> pd.DataFrame:
-    """Records with one row a run and domain: what belongs to no split, `domain` ("A", "B"), and some test figures.
+def by_domain(runs: pd.DataFrame, figures: Mapping[str, str], split: str = "test") -> pd.DataFrame:
+    """Records with one row a run and domain: what belongs to no split, `domain` ("A", "B"), `protocol`, some figures.
 
-    `figures` maps a new column to the name that a figure has within a domain, such as `{"ndcg": "full.ndcg@10"}`.
+    `figures` maps a new column to the name that a figure has within a domain, such as `{"ndcg": "full.ndcg@10"}`. In
+    "paper.ndcg@10" the candidates are `protocol`: the model's `PROTOCOL`, and "full" for other models and where items
+    are too few. `split` is "val", "test" or "best_test", the best over the epochs.
     """
-    plain = runs[[name for name in runs if not str(name).startswith(("test.", "val."))]]
+    kept = runs[[name for name in runs if not str(name).startswith(("test.", "val.", "best_test."))]]
+    protocol = runs["model"].map(PROTOCOL).fillna("full")
+    for name in set(protocol) - {"full"}:
+        lacking = runs[f"test.a.{name}.mrr"].isna() if f"test.a.{name}.mrr" in runs else True
+        protocol = protocol.mask((protocol == name) & lacking, "full")
     parts = []
     for letter in "ab":
-        found = {name: runs[f"test.{letter}.{figure}"].astype(float) for name, figure in figures.items()}
-        parts.append(plain.assign(domain=letter.upper(), **found))
+        for candidates in protocol.unique():
+            part = runs[protocol == candidates]
+            names = {
+                new: f"{split}.{letter}.{one}".replace(".paper.", f".{candidates}.") for new, one in figures.items()
+            }
+            found = {new: part[name].astype(float) for new, name in names.items()}
+            where = {"domain": letter.upper(), "protocol": candidates}
+            parts.append(kept[protocol == candidates].assign(**where, **found))
     return pd.concat(parts, ignore_index=True)
 
 
-def alignment(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run of the commonest width, domain and insertion point (`point`) that the run has.
+def counts(runs: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
+    """Number of finished seeds of each model, pair and width, a column for each of some variants."""
+    cells = pd.crosstab([runs["model"], runs["pair"], runs["dim"]], runs["variant"])
+    return cells.reindex(columns=list(variants), fill_value=0).rename_axis(columns=None)
 
-    Returns
-    -------
-    pandas.DataFrame
-        As `by_domain`, with all measures of `gcalib.alignment.cosine` by their names (nan where a run lacks one) and
-        `ndcg`, NDCG@10 under full ranking. `cos_ungated` and `cos_gated` are the cosines that mean lengths imply,
-        parallel / hypot(parallel, orthogonal), of X' and of what is added to X, gate * X': ratios of means, in which
-        long updates weigh more, and no means of |cos|. Plain and parameter-matched runs have no rows.
+
+def side_by_side(effects: Mapping[str, pd.DataFrame], keys: Sequence[str] = ("model", "pair", "domain")) -> pd.DataFrame:
+    """Tables of `statistics` beside each other as texts, a column each; rows are told apart by `keys`."""
+    texts = {
+        name: frame.assign(text=[statistics.as_text(*row) for row in frame[["mean", "low", "high"]].to_numpy()])
+        for name, frame in effects.items()
+    }
+    return pd.DataFrame({name: frame.set_index(list(keys))["text"] for name, frame in texts.items()}).fillna("")
+
+
+def curves(runs: pd.DataFrame, store: str, metric: str) -> pd.DataFrame:
+    """A validation metric over the epochs, a row for each run and domain: `model`, `pair`, `case`, `variant`, `dim`,
+    `seed`, `domain`, `epoch`, `value`.
     """
-    same, parts = one_width(runs), []
-    same = same[[not isinstance(match, str) for match in same["match"]]]
-    for point in sorted({point for points in same["gca"] for point in points}):
-        place = f"gca{point}."
-        measures = [name.partition(place)[2] for name in map(str, same) if name.startswith(f"test.a.{place}")]
-        figures = {"ndcg": "full.ndcg@10", **{name: f"{place}{name}" for name in measures}}
-        parts.append(by_domain(same[[point in points for points in same["gca"]]], figures).assign(point=point))
+    names = ["run_id", "model", "pair", "case", "variant", "dim", "seed"]
+    rows = load_curves(store, runs["run_id"].tolist()).merge(runs[names], on="run_id")
+    parts = [rows[[*names, "epoch"]].assign(domain=s.upper(), value=rows[f"val.{s}.{metric}"]) for s in "ab"]
+    return pd.concat(parts, ignore_index=True).dropna(subset=["value"])
+
+
+def alignment(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a run, domain, insertion point (`point`) and module there (`number`, from 1) that the run has.
+
+    As `by_domain`, with all measures of `gcalib.alignment.cosine` by their names (nan if lacking) and NDCG@10
+    by the paper's protocol as `ndcg`. Plain and parameter-matched runs have no rows.
+    """
+    measured, parts = runs[[not isinstance(match, str) for match in runs["match"]]], []
+    for point, number in [(point, number) for point in (0, 1, 2) for number in (1, 2, 3)]:
+        place = f"gca{point}_{number}." if number > 1 else f"gca{point}."
+        measures = [name.partition(place)[2] for name in map(str, runs) if name.startswith(f"test.a.{place}")]
+        figures = {"ndcg": "paper.ndcg@10", **{name: f"{place}{name}" for name in measures}}
+        depths = zip(measured["gca"], measured["gca_depth"], strict=True)
+        mine = measured[[point in points and number <= depth for points, depth in depths]]
+        if len(mine):
+            parts.append(by_domain(mine, figures).assign(point=point, number=number))
     if not parts:
         raise ValueError("None of these runs has cross-attention, so there is nothing to measure.")
-    rows = pd.concat(parts, ignore_index=True)
-    for name, lengths in (("cos_ungated", "norm"), ("cos_gated", "gated_norm")):
-        parallel = rows[f"{lengths}_parallel"]
-        rows[name] = parallel / np.hypot(parallel, rows[f"{lengths}_orthogonal"])
-    return rows
+    return pd.concat(parts, ignore_index=True)
 
 
-def relative(frame: pd.DataFrame, value: str, base: str, by: Sequence[str]) -> pd.Series:
-    """A column in percent of the mean of variant `base` in the same group, so that groups of other levels compare.
-
-    `by` are the columns that name a group, such as model, pair and domain. A group without the base has nan.
+def selection(runs: pd.DataFrame, metric: str = "paper.ndcg@10") -> pd.DataFrame:
+    """What it is worth, in percent, to pick the epoch on test: the best test figure over the epochs against that of the
+    epoch that validation picked. Rows of `statistics.log_ratio` for plain and GCA0, named by `chosen`; of runs with
+    `track_test`.
     """
-    level = frame[value].where(frame["variant"] == base).groupby([frame[name] for name in by]).transform("mean")
-    return 100.0 * frame[value] / level
+    shown = runs[runs["variant"].isin(["plain", "GCA0"])].rename(columns={"variant": "chosen"})
+    parts = [by_domain(shown, {"value": metric}, split).assign(variant=split) for split in ("test", "best_test")]
+    long = pd.concat(part.dropna(subset=["value"]) for part in parts)
+    return statistics.log_ratio(long, "value", "test", by=["model", "dim", "chosen"])
+
+
+def sizes(runs: pd.DataFrame, metric: str = "paper.ndcg@10") -> pd.DataFrame:
+    """A metric against all parameters (`params_total`), for curves as in the paper's Figure 3, by size.
+
+    Rows of `statistics.mean_interval` for each `case`, `domain`, `dim` and `variant`. There are three kinds of `arm`:
+    "baseline" (plain, or widened to the size of another), "early" (one to three modules at point 0) and "stack".
+    """
+    kinds = {r"plain|matched.*\(all parameters\)": "baseline", "GCA0( ×.)?": "early", r"GCA\d(\+\d)+": "stack"}
+    shown = pd.concat(runs[runs["variant"].str.fullmatch(kind)].assign(arm=arm) for kind, arm in kinds.items())
+    cell = ["case", "model", "pair", "domain", "dim", "arm", "variant", "params_total"]
+    table = statistics.mean_interval(by_domain(shown, {"value": metric}), "value", cell)
+    return table.sort_values(["case", "domain", "dim", "params_total"], ignore_index=True)
+
+
+def saved(by_size: pd.DataFrame, draws: int = 4000) -> pd.DataFrame:
+    """Parameters that cross-attention saves at equal quality: the size at which the baseline has it, less its own.
+
+    The baseline is a line over log size through its best so far, and the size infinite where none of the study will do.
+    For the interval, means are drawn as they may be over seeds, mean + s / sqrt(n) t.
+
+    Returned are the rows "early" and "stack" of `sizes` with two seeds or more, where the baseline has two such sizes,
+    with `saved`, `low`, `high` (parameters; negative where a smaller baseline is as good).
+    """
+    rows, rng = [], np.random.default_rng(0)
+    for _, part in by_size[by_size["n"] > 1].groupby(["case", "domain", "dim"], sort=False):
+        curve, others = part[part["arm"] == "baseline"], part[part["arm"] != "baseline"]
+        size = np.log(curve["params_total"])
+        for row in others.to_dict("records") if len(curve) > 1 else ():
+            means = []
+            for each in map(np.asarray, [*curve["each"], row["each"]]):
+                likely = np.r_[0, rng.standard_t(len(each) - 1, draws)]  # the first is the mean itself
+                means.append(each.mean() + each.std(ddof=1) / np.sqrt(len(each)) * likely)
+            best = np.maximum.accumulate(means[:-1]).T  # (draws, sizes)
+            places = [np.interp(y, x, size, right=np.inf) for x, y in zip(best, means[-1], strict=True)]
+            found = np.exp(places) - row["params_total"]
+            low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
+            rows.append({**row, "saved": found[0], "low": low, "high": high})
+    return pd.DataFrame(rows, columns=[*by_size, "saved"]).drop(columns=["n", "mean", "p", "each"])

@@ -24,6 +24,7 @@ PALETTE = 128  # colours of a PNG: enough for the blurred edges of letters and l
 # Okabe and Ito (2008), told apart with any kind of colour vision; without their yellow, which fades on white
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 INK, GREY, GRID = "#222222", "#666666", "#e6e6e6"
+PAPER = "#8a8a8a"  # what the paper reports
 BAND = "#f2e9d0"  # a range that somebody published
 LEVELS = {  # measures of alignment, as figures call them
     "cos_mean_abs": "measured",
@@ -31,9 +32,10 @@ LEVELS = {  # measures of alignment, as figures call them
     "null_perm_mean_abs": "null: X′ of another user",
     "null_reinitialised_mean_abs": "null: module re-initialised",
     "null_initial_mean_abs": "module with its initial weights",
-    "cos_gated": "after the gate, by mean lengths",
+    "gated_cos_mean_abs": "after the gate",
 }
 FIXED = dict(zip(["ABXI", "LLM4CDSR", "CDSRNP", "SASRec, mixed", "SASRec, one domain"], COLOURS, strict=False))
+FIXED |= {"baseline": COLOURS[0], "early": COLOURS[1], "stack": COLOURS[2], "paper": PAPER, "ours": COLOURS[0]}
 FIXED |= dict(zip(LEVELS.values(), [COLOURS[place] for place in (0, 6, 1, 3, 2, 5)], strict=True))
 # With "+json", so that nbformat takes the figure for JSON. Altair 6.3's own renderer leaves the "+" out, and a notebook
 # file with such an output is invalid: papermill stops at it.
