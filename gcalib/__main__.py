@@ -61,7 +61,6 @@ def grid(
     engine: Annotated[Literal["local", "ray"], typer.Option(help="ray: the cluster of RAY_ADDRESS")] = "local",
     cpus: Annotated[float, typer.Option(help="ray: cores that a run needs")] = 1,
     gpus: Annotated[float, typer.Option(help="ray: GPUs that a run needs, such as 0.25")] = 0,
-    gather: Annotated[bool, typer.Option("--gather", help="ray: the nodes do not see the store")] = False,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what is left, run nothing")] = False,
 ) -> None:
@@ -75,9 +74,7 @@ def grid(
     typer.echo(f"{left['left']} of {left['runs']} runs left: {hours}; {left['unknown']} without a comparable record.")
     if not dry_run:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's word for Ctrl-C
-        run_grid(
-            configs, asked.store, engine=engine, workers=workers, device=device, cpus=cpus, gpus=gpus, gather=gather
-        )
+        run_grid(configs, asked.store, engine=engine, workers=workers, device=device, cpus=cpus, gpus=gpus)
 
 
 @app.command()

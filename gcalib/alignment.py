@@ -100,11 +100,14 @@ class AlignmentMeter:
 
     @torch.no_grad()
     def update(
-        self, x: States, x_prime: States, mask: Mask, *, y: States | None = None, gate: States | None = None
-    ) -> None:
-        """Take in one batch. Arguments and errors are those of `cosine`."""
-        given = {"x": x, "x_prime": x_prime}
-        given |= {name: values for name, values in (("y", y), ("gate", gate)) if values is not None}
+        self, x: States, x_prime: States, mask: Mask, *, y: States | None = None, gate: States | None = None,
+        update: States | None = None,
+    ) -> None:  # fmt: skip
+        """Take in one batch. Arguments and errors are those of `cosine`; `update` is what was added to x, if another
+        than gate * x_prime.
+        """
+        optional = {"y": y, "gate": gate, "update": update}
+        given = {"x": x, "x_prime": x_prime, **{name: value for name, value in optional.items() if value is not None}}
         nonzero = _nonzero(given, mask)
         self._dim = x.shape[2]
         measured = nonzero["x"] & nonzero["x_prime"]
@@ -129,6 +132,8 @@ class AlignmentMeter:
             if gate is not None:
                 gates = take("gate", rows)
                 pairs["gated_"] = (gates * own, take("gate", others) * theirs)
+                if update is not None:
+                    pairs["gated_"] = (take("update", rows), take("update", others))
                 shares = X / found["norm_x"][-1].unsqueeze(1)
                 self._add("gate", gates)
                 self._add("cos", shares * own / found["norm_x_prime"][-1].unsqueeze(1))
@@ -138,12 +143,12 @@ class AlignmentMeter:
                 xy = _cosine(X, take("y", rows))
                 each = torch.stack([torch.ones_like(xy), xy, _cosine(X, own)])[:, ~xy.isnan()]
                 self._moments = self._moments + each @ each.T
-            for prefix, (update, update_of_other) in pairs.items():
-                parallel, orthogonal = components(X, update)
+            for prefix, (own, theirs) in pairs.items():
+                parallel, orthogonal = components(X, own)
                 found[f"{prefix}norm_parallel"].append(vector_norm(parallel, dim=1))
                 found[f"{prefix}norm_orthogonal"].append(vector_norm(orthogonal, dim=1))
-                found[f"{prefix}cos"].append(_cosine(X, update))
-                permuted = _cosine(X, update_of_other).masked_fill(rows == others, math.nan)
+                found[f"{prefix}cos"].append(_cosine(X, own))
+                permuted = _cosine(X, theirs).masked_fill(rows == others, math.nan)
                 found[f"{prefix}null_perm"].append(permuted)
         for name, blocks in found.items():
             numbers = torch.cat(blocks)

@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gcalib.config import divisors
+from gcalib.config import Gate, Update, divisors
+from gcalib.interventions import ConstantGate, OfX, intervened
 from gcalib.layers import Dropout, attend, merge_heads, split_heads
-
-Gate = Literal["sigmoid", "tanh"]
 
 
 def visible(query_position: Int[Tensor, "B Lx"], position: Int[Tensor, "B Ly"]) -> Bool[Tensor, "B Lx Ly"]:
@@ -62,8 +61,9 @@ def newest_visible(y: Float[Tensor, "B Ly dim"], mask: Bool[Tensor, "B Lx Ly"]) 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one gated cross-attention read and made in one forward pass, detached.
+    """What one gated cross-attention read and made in one forward pass; `update` is what it added to x.
 
+    Outside `torch.no_grad()` they have gradients, for a loss that reads them.
     `y` is the row beside x in the gate's input, zero where there is none; `mask` is True at real queries; `updated` is
     True at those that saw a key (elsewhere x_prime is exactly zero); `attention` holds the weights if asked for.
     """
@@ -73,6 +73,7 @@ class Activations:
     y: Float[Tensor, "B Lx dim_y"]
     x_prime: Float[Tensor, "B Lx dim"]
     gate: Float[Tensor, "B Lx dim"]
+    update: Float[Tensor, "B Lx dim"]
     out: Float[Tensor, "B Lx dim"]
     mask: Bool[Tensor, "B Lx"]
     updated: Bool[Tensor, "B Lx"]
@@ -125,7 +126,8 @@ class GatedCrossAttention(nn.Module):
     heads
         Heads of the cross-attention; must divide `dim`.
     gate
-        `"sigmoid"` (0 to 1) or `"tanh"` (-1 to 1).
+        `"sigmoid"` (0 to 1) or `"tanh"` (-1 to 1); for comparison `"constant"`, a learned number per feature in the
+        place of the FFN, as in `x + alpha x_prime`, or `"none"`, always 1.
     dim_y
         Width of y; None is `dim`.
     gate_hidden
@@ -133,6 +135,10 @@ class GatedCrossAttention(nn.Module):
         grow by with a module (inferred from its figures, which do not state it).
     norm
         Whether there is a LayerNorm.
+    update
+        What is added to x: `"full"` is gate * x_prime; others are explained in `gcalib.interventions`.
+    evaluation_only
+        Whether an intervention spares training.
     dropout
         Rate at which features of x_prime are dropped in training.
 
@@ -151,19 +157,25 @@ class GatedCrossAttention(nn.Module):
     def __init__(
         self, dim: int, heads: int, gate: Gate = "sigmoid", *, dim_y: int | None = None,
         gate_hidden: int | None = None, norm: bool = True, dropout: float = 0.0,
+        update: Update = "full", evaluation_only: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        if gate not in ("sigmoid", "tanh"):
-            raise ValueError(f"gate={gate!r} is unknown; the gates are sigmoid and tanh.")
+        for name, value, known in (("gate", gate, get_args(Gate)), ("update", update, get_args(Update))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown; it may be {', '.join(known)}.")
         self.dim, self.dim_y = dim, dim_y or dim
         self.name = "gca"
-        self.cross_attention = CrossAttention(dim, heads, self.dim_y, dropout)
-        both, inner = dim + self.dim_y, gate_hidden or 2 * (dim + self.dim_y)
-        self.gate = nn.Sequential(nn.Linear(both, inner), nn.ReLU(), nn.Linear(inner, dim))
-        self.activation = nn.Sigmoid() if gate == "sigmoid" else nn.Tanh()
+        self.update, self.evaluation_only = update, evaluation_only
+        self.cross_attention: nn.Module = CrossAttention(dim, heads, self.dim_y, dropout)
+        if update in ("linear", "ffn"):
+            self.cross_attention = OfX(dim, nn.ReLU() if update == "ffn" else nn.Identity())
+        self.gate: nn.Module = ConstantGate(dim, learned=gate == "constant")
+        if gate in ("sigmoid", "tanh"):
+            both, inner = dim + self.dim_y, gate_hidden or 2 * (dim + self.dim_y)
+            self.gate = nn.Sequential(nn.Linear(both, inner), nn.ReLU(), nn.Linear(inner, dim))
+        self.activation = {"sigmoid": nn.Sigmoid(), "tanh": nn.Tanh()}.get(gate, nn.Identity())
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
-        self._recorded: list[Activations] | None = None
-        self._record_weights = False
+        self.recording: tuple[list[Activations] | None, bool] = (None, False)
 
     def forward(
         self,
@@ -206,16 +218,21 @@ class GatedCrossAttention(nn.Module):
         real = queries.unsqueeze(2) & keys.unsqueeze(1)
         beside = real & (visible(-_age(queries), -_age(keys)) if mask is None else mask)
         mask = beside if causal or mask is not None else real
-        y_beside_x = newest_visible(y, beside)
+        y_beside_x = x if isinstance(self.cross_attention, OfX) else newest_visible(y, beside)
 
         x_prime = self.cross_attention(x, y, mask)
         gate = self.activation(self.gate(torch.cat([x, y_beside_x], dim=-1)))
-        out: Tensor = self.norm(x + gate * x_prime)
+        update = gate * x_prime
+        if not (self.training and self.evaluation_only):
+            update = intervened(self.update, x, update, self.training)
+        out: Tensor = self.norm(x + update)
 
-        if self._recorded is not None:
-            weights = self.cross_attention.weights(x, y, mask) if self._record_weights else None
-            read = x.detach(), y_beside_x.detach(), x_prime.detach(), gate.detach(), out.detach()
-            self._recorded.append(Activations(self.name, *read, queries, mask.any(dim=2), weights))
+        recorded, with_weights = self.recording
+        if recorded is not None:
+            attends = with_weights and isinstance(self.cross_attention, CrossAttention)
+            weights = self.cross_attention.weights(x, y, mask) if attends else None  # type: ignore[operator]
+            made = (x, y_beside_x, x_prime, gate, update, out)
+            recorded.append(Activations(self.name, *made, queries, mask.any(dim=2), weights))
         return out
 
     def _check(self, x: Tensor, y: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None) -> None:
@@ -234,7 +251,7 @@ class GatedCrossAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which do not record."""
-        return {**self.__dict__, "_recorded": None}
+        return {**self.__dict__, "recording": (None, False)}
 
 
 def _age(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -268,11 +285,11 @@ def recording_paused(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _recording(model: nn.Module, recorded: list[Activations] | None, weights: bool) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, GatedCrossAttention)]
-    before = [(module._recorded, module._record_weights) for module in modules]
+    before = [module.recording for module in modules]
     for module in modules:
-        module._recorded, module._record_weights = recorded, weights
+        module.recording = recorded, weights
     try:
         yield
     finally:
-        for module, state in zip(modules, before, strict=True):
-            module._recorded, module._record_weights = state
+        for module, earlier in zip(modules, before, strict=True):
+            module.recording = earlier

@@ -25,7 +25,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from gcalib.config import RunConfig
-from gcalib.store import RunStore, read_run
+from gcalib.store import RunStore
 
 log = logging.getLogger("gcalib")
 Train = Callable[[RunConfig, str, RunStore, str], None]
@@ -109,20 +109,17 @@ def worker(work: str) -> None:
 
 
 def run_on_ray(
-    run: Run, configs: list[RunConfig], runs: RunStore, device: str, cpus: float, gpus: float, gather: bool
+    run: Run, configs: list[RunConfig], runs: RunStore, device: str, cpus: float, gpus: float
 ) -> Iterator[tuple[RunConfig, str, str]]:
     """Run configs on a Ray cluster: config, run id and, if it failed, the reason, as they end.
 
-    The cluster is the one that `RAY_ADDRESS` names, else this process's own of one machine: `auto` or `host:port` on a
-    machine of the cluster, `ray://host:port` on any other (with `gather`).
+    The cluster is the one that `RAY_ADDRESS` names, `host:port` or `auto`, else this process's own of one machine. All
+    nodes must see the store under the same path.
 
     Parameters
     ----------
     cpus, gpus
         What one run needs; fractions of a GPU let several runs share it. Some node of the cluster must have it.
-    gather
-        For nodes that do not see the store: each runs in a folder of its own and sends records and curves here. A run
-        whose node dies then starts anew; on a shared store it resumes from its checkpoint.
 
     Raises
     ------
@@ -146,17 +143,14 @@ def run_on_ray(
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         raise ValueError(f"A run asks for cpus={cpus:g} and gpus={gpus:g}, and no node has both.")  # Ray would wait
     task = ray.remote(num_cpus=cpus, num_gpus=gpus)(_run_there)
-    store = None if gather else str(runs.folder.absolute())
+    store = str(runs.folder.absolute())
     waiting: dict[Any, RunConfig] = {task.remote(run, config, store, device, cpus): config for config in configs}
     try:
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             config = waiting.pop(done)
             try:
-                record, curves = ray.get(done)
-                if gather:
-                    runs.put(record, curves)
-                yield config, record["run_id"], ""
+                yield config, ray.get(done), ""
             except Exception as error:  # noqa: BLE001 - a grid goes on whatever happened to one of its runs
                 cause = getattr(error, "cause", None) or error
                 yield config, "", f"{type(cause).__name__}: {cause}"
@@ -165,12 +159,7 @@ def run_on_ray(
             ray.cancel(reference, force=True)
 
 
-def _run_there(
-    run: Run, config: RunConfig, store: str | None, device: str, cpus: float
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """On a node: the record, and its curves if the node's store is its own."""
+def _run_there(run: Run, config: RunConfig, store: str, device: str, cpus: float) -> str:
+    """On a node: the id of the run, whose record is in the store."""
     torch.set_num_threads(max(1, int(cpus)))
-    if store is not None:
-        return run(config, store, device=device), []
-    with tempfile.TemporaryDirectory(prefix="gcalib-") as own:
-        return read_run(RunStore(own).path("runs", run(config, own, device=device)["run_id"]))
+    return str(run(config, store, device=device)["run_id"])

@@ -17,6 +17,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 PARAMS = Path("params")
 
+Gate = Literal["sigmoid", "tanh", "constant", "none"]
+Update = Literal["full", "orthogonal", "parallel", "noise", "other-user", "linear", "ffn"]
 Published = Literal["official_attention", "pads_as_targets", "shuffled_batches", "exclude_history_negatives"]
 
 TRAINED = ("abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
@@ -58,11 +60,14 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     # model
     model: str = Field("abxi", description="one of `MODEL_NAMES`")
     gca: tuple[Literal[0, 1, 2], ...] = Field((), description="gated cross-attention early, mid, late; () is plain")
-    gate: Literal["sigmoid", "tanh"] = "sigmoid"
+    gate: Gate = "sigmoid"
     heads: int = Field(4, ge=1, description="heads of the gated cross-attention")
     gca_depth: int = Field(1, ge=1, le=3, description="gated cross-attentions in succession at each point")
     gate_hidden: int | None = Field(None, ge=1, description="inner width of the gate's feed-forward; None is 4 d")
     gca_norm: bool = Field(True, description="LayerNorm of the gated cross-attention")
+    update: Update = Field("full", description="what is added to X, see `gcalib.interventions`")
+    evaluation_only: bool = Field(False, description="training adds the full update; linear and ffn have none")
+    cos_penalty: float = Field(0.0, description="weight of mean cos^2(X, gate * X') in the loss; negative: aligns")
     dim: int = Field(64, ge=2, description="width d of item embeddings and states")
     hidden: int | None = Field(None, ge=1, description="inner width of feed-forward layers; None: 8 round(d / 3) or d")
     self_heads: int = Field(2, ge=1, description="heads of the model's own self-attention")
@@ -122,10 +127,14 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         """The same run, with the fields that it does not read at their defaults.
 
         A plain model and a parameter-matched one have no gate, and the cosine schedule has no patience. The size that
-        a model is matched to is that of a gate and a norm.
+        a model is matched to is that of a gate and a norm. A baseline that only counts reads data and seed.
         """
+        if self.model in BUILT_IN and self.model not in TRAINED:
+            read = {"pair", "ties", "max_length", "min_per_domain", "model", "seed"}
+            return RunConfig(**self.model_dump(include=read))
         idle = {"plateau_patience", "stop_patience"} if self.schedule == "cosine" else set()
-        idle |= {"gate", "heads"} if not self.gca or self.match else set()
+        idle |= {"gate", "heads", "update", "evaluation_only", "cos_penalty"} if not self.gca or self.match else set()
+        idle |= {"evaluation_only"} if self.update in ("full", "linear", "ffn") else set()
         idle |= set() if self.gca else {"gca_depth", "gate_hidden", "gca_norm"}
         return RunConfig(**self.model_dump(exclude=idle))
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from gcalib.alignment import AlignmentMeter
 from gcalib.attention import record_activations
 from gcalib.data.batches import batches_of_users, events_per_domain, items_of
-from gcalib.data.pair import DataError, Pair
-from gcalib.data.split import Split, SplitName
+from gcalib.data.pair import DataError, Pair, Split, SplitName
 from gcalib.data.text import item_text
 from gcalib.models.base import Recommender
 from gcalib.ranking import expected, metrics, rank_among, rank_of_target
@@ -34,7 +33,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Rank every target and measure every cross-attention, in one pass over the users.
 
-    A user has one target, or one in each domain where there is no global order (`gcalib.data.split`). The sampled
+    A user has one target, or one in each domain where there is no global order (`gcalib.data.pair`). The sampled
     protocols are read out of the full ranking's scores. A protocol for which a domain has too few items is left out.
     Without any protocol nothing is ranked.
 
@@ -82,7 +81,7 @@ def evaluate(
                     ranks[name][asked] = rank_among(of_target, others).cpu().numpy()
             for one in recorded if alignment else ():
                 meter = meters.setdefault(one.name, AlignmentMeter())
-                meter.update(one.x, one.x_prime, one.mask, y=one.y, gate=one.gate)
+                meter.update(one.x, one.x_prime, one.mask, y=one.y, gate=one.gate, update=one.update)
             recorded.clear()
     model.train(was_training)
 

@@ -149,7 +149,7 @@ def train_and_store(config: RunConfig, name: str, runs: RunStore, device: str, k
     if keep_model:
         state = {key: value.cpu().contiguous().clone() for key, value in model.state_dict().items()}
         write(weights, safetensors.torch.save(state))
-    if stored is None or stored["results_version"] != RESULTS_VERSION:
+    if stored is None:
         runs.put(record, done.curves)
     checkpoint.unlink(missing_ok=True)
 
@@ -200,7 +200,6 @@ def run_grid(
     device: str = "auto",
     cpus: float = 1,
     gpus: float = 0,
-    gather: bool = False,
 ) -> pd.DataFrame:
     """Run every config that the store does not hold; return all their records, one row each, in the order given.
 
@@ -213,7 +212,7 @@ def run_grid(
         `"local"`: processes of this machine. `"ray"`: a Ray cluster (`pip install -e '.[cluster]'`).
     workers
         Local processes; they share the machine's cores evenly.
-    cpus, gpus, gather
+    cpus, gpus
         Read by `engine="ray"` only, see `gcalib.cluster.run_on_ray`.
 
     Raises
@@ -240,7 +239,7 @@ def run_grid(
             failures |= {todo[name]: error for name, error in failed.items()}
         elif engine == "ray" and (todo or failures):  # the nodes may have data that is not here
             waiting, failures = [*todo.values(), *failures], {}
-            for config, name, error in run_on_ray(run, waiting, runs, device, cpus, gpus, gather):
+            for config, name, error in run_on_ray(run, waiting, runs, device, cpus, gpus):
                 (failures if error else names)[config] = error or name
     except KeyboardInterrupt:
         log.warning("Interrupted: what was finished is stored, what was running resumes from its last checkpoint.")

@@ -6,10 +6,7 @@ import copy
 import functools
 import logging
 import math
-import os
-import secrets
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcalib import checkpoints
+from gcalib.attention import record_activations
 from gcalib.config import RunConfig
 from gcalib.data.batches import batches_of_users, events_per_domain, shuffled_batches
 from gcalib.data.pair import Pair
 from gcalib.evaluation import evaluate
+from gcalib.interventions import squared_cosine
 from gcalib.models.base import Recommender
 from gcalib.models.matching import MODELS, build_model
 
@@ -144,8 +144,11 @@ class Trainer:
         """One optimiser step; returns the losses before it, by name."""
         batch = self.model.collate([self.histories[user] for user in users], self.pair, training=True, users=users)
         negatives = self.model.negatives(batch, self.rng).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        with autocast, record_activations(self.model) as recorded:
             losses = self.model.loss(batch.to(self.device), negatives)
+        if self.config.cos_penalty and recorded:
+            losses["cos_penalty"] = self.config.cos_penalty * squared_cosine(recorded)
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -221,8 +224,9 @@ def _fit(config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path |
     trainer = Trainer(config, pair, device)
     model = trainer.model
     progress, best_weights = Progress(), copy.deepcopy(model.state_dict())
-    if checkpoint is not None and checkpoint.exists():
-        progress, best_weights = _resume(checkpoint, trainer) or (progress, best_weights)
+    names = set(_state(trainer, progress, best_weights))
+    if checkpoint is not None and (content := checkpoints.load(checkpoint, names)):
+        progress, best_weights = _resume(checkpoint, trainer, content)
     started -= progress.seconds
     saved, save_cost = -math.inf, 0.0
     patience = config.stop_patience if config.schedule == "plateau" else math.inf
@@ -254,7 +258,7 @@ def _fit(config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path |
         now = time.perf_counter()
         progress.seconds = now - started
         if checkpoint is not None and save_cost <= CHECKPOINT_SHARE * (now - saved):
-            _save(checkpoint, trainer, progress, best_weights)
+            checkpoints.save(checkpoint, _state(trainer, progress, best_weights))
             saved, save_cost = now, time.perf_counter() - now
         shown = (epoch, quality, progress.best, progress.best_epoch, row["lr"], progress.seconds)
         log.info("epoch %d: val MRR %.4f (best %.4f at %d), lr %.1e, %.0f s", *shown)
@@ -265,9 +269,9 @@ def _fit(config: RunConfig, pair: Pair, device: torch.device, checkpoint: Path |
     return Fit(model, progress.curves, progress.best_epoch, stopped, seconds, trainer.precision)
 
 
-def _save(path: Path, trainer: Trainer, progress: Progress, best_weights: dict[str, Tensor]) -> None:
-    """Write a checkpoint beside its place and rename it, so that a reader finds the old one or the new one, whole."""
-    content = {
+def _state(trainer: Trainer, progress: Progress, best_weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {
         "config": trainer.config.model_dump(mode="json"),
         "data_sha256": trainer.pair.sha256,
         "precision": trainer.precision,
@@ -279,33 +283,11 @@ def _save(path: Path, trainer: Trainer, progress: Progress, best_weights: dict[s
         "cuda_rng": torch.cuda.get_rng_state() if trainer.device.type == "cuda" else None,
         "sampler": trainer.rng.bit_generator.state,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-        log.warning("%s could not be written (%s): the run goes on without it.", path, error)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _resume(path: Path, trainer: Trainer) -> tuple[Progress, dict[str, Tensor]] | None:
-    """Continue from a checkpoint; one that is damaged or of another version is set aside."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} has another checksum than when it was written")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        config = RunConfig(**content["config"])
-        progress = Progress(**content["progress"])
-        best_weights = {name: tensor.to(trainer.device) for name, tensor in content["best_weights"].items()}
-    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
-        aside = path.with_suffix(".damaged")
-        os.replace(path, aside)
-        log.warning("The checkpoint could not be read and is now %s; the run starts anew (%s).", aside, error)
-        return None
-    if config != trainer.config or content["data_sha256"] != trainer.pair.sha256:
+def _resume(path: Path, trainer: Trainer, content: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
+    """Continue from what a checkpoint holds."""
+    if content["config"] != trainer.config or content["data_sha256"] != trainer.pair.sha256:
         raise ValueError(f"The checkpoint {path} belongs to another run: delete it to start this one anew.")
     if (content["cuda_rng"] is None) == (trainer.device.type == "cpu"):  # a GPU's bf16 may be 300 times slower on a CPU
         trainer.precision = content["precision"]
@@ -315,5 +297,6 @@ def _resume(path: Path, trainer: Trainer) -> tuple[Progress, dict[str, Tensor]] 
     if trainer.device.type == "cuda" and content["cuda_rng"] is not None:
         torch.cuda.set_rng_state(content["cuda_rng"])
     trainer.rng.bit_generator.state = content["sampler"]
+    progress = Progress(**content["progress"])
     log.info("%s: resumed after epoch %d", path.stem, progress.epoch)
-    return progress, best_weights
+    return progress, {name: tensor.to(trainer.device) for name, tensor in content["best_weights"].items()}

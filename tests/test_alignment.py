@@ -303,6 +303,18 @@ def test_fixed_cosine_needs_a_gate():
     assert not [name for name in cosine(**batch) if "fixed" in name or "gated" in name]
 
 
+def test_what_was_added_decides_the_gated_measures():
+    batch = draw(3)
+    added = batch["gate"] * batch["x_prime"]
+    other = added.flip(2)
+    whole, same, changed = (meter_of([{**batch, **given}]) for given in ({}, {"update": added}, {"update": other}))
+    assert same == pytest.approx(whole)
+    x, update = rows_of([{**batch, "update": other}], "x", "update")
+    assert changed["gated_cos_signed"] == pytest.approx(float(torch.cosine_similarity(x, update).mean()))
+    for name, value in changed.items():
+        assert ("gated_" in name) != (value == pytest.approx(whole[name])), name
+
+
 def test_correlation_of_the_cosines_is_pearson_s_over_all_rows():
     batches = [draw(0), draw(1, batch=7)]
     x, x_prime, y = rows_of(batches, "x", "x_prime", "y")

@@ -321,7 +321,7 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do(heads
 
 
 def test_another_gate_is_refused() -> None:
-    with pytest.raises(ValueError, match="gate='relu' is unknown; the gates are sigmoid and tanh"):
+    with pytest.raises(ValueError, match="gate='relu' is unknown; it may be sigmoid, tanh"):
         GatedCrossAttention(12, 4, gate="relu")  # type: ignore[arg-type]
 
 
@@ -365,10 +365,24 @@ def test_records_hold_what_the_pass_computed() -> None:
     assert torch.equal(seen.y, torch.where(queries.unsqueeze(2), y[:, 2:], 0.0))  # counted from the newest
     assert near(seen.gate, gca.activation(gca.gate(torch.cat([seen.x, seen.y], dim=2))))
     assert torch.equal(seen.out, out)
-    assert near(gca.norm(seen.x + seen.gate * seen.x_prime), seen.out)
+    assert torch.equal(seen.update, seen.gate * seen.x_prime)
+    assert near(gca.norm(seen.x + seen.update), seen.out)
     assert torch.equal(seen.mask, queries)
     assert seen.attention is None
-    assert not any(tensor.requires_grad for tensor in (seen.x, seen.y, seen.x_prime, seen.gate, seen.out))
+
+
+def test_records_have_gradients_but_for_no_grad() -> None:
+    gca, x = module(), normal(2, 3, 8)
+    with record_activations(gca) as recorded:
+        gca(x, x)
+        with torch.no_grad():
+            gca(x, x)
+    with_gradients, without = ((seen.x_prime, seen.gate, seen.update, seen.out) for seen in recorded)
+    assert not any(tensor.requires_grad for tensor in without)
+    for tensor in with_gradients:
+        weight = gca.cross_attention.key_value.weight
+        (of_key,) = torch.autograd.grad(tensor.square().sum(), weight, retain_graph=True, allow_unused=True)
+        assert of_key is None if tensor is recorded[0].gate else of_key.any()
 
 
 def test_recording_changes_nothing_and_needs_no_second_pass() -> None:

@@ -22,7 +22,7 @@ def config(**changes: object) -> RunConfig:
     ("changes", "message"),
     [
         ({"dimm": 12}, "dimm\n.*Extra inputs are not permitted"),
-        ({"gate": "relu"}, "gate\n.*'sigmoid' or 'tanh'"),
+        ({"gate": "relu"}, "gate\n.*'sigmoid', 'tanh', 'constant' or 'none'"),
         ({"model": "bert4rec"}, "model='bert4rec' is unknown; the models are abxi"),
         ({"dropout": 1.0}, "dropout\n.*less than 1"),
         ({"dim": 1}, "dim\n.*greater than or equal to 2"),
@@ -80,6 +80,21 @@ def test_cross_attention_fields_do_not_count_without_it() -> None:
     assert matched.canonical() == matched.replace(gate="sigmoid", heads=4)
 
 
+INTERVENED = {"update": "noise", "evaluation_only": True, "cos_penalty": 0.5}
+
+
+@pytest.mark.parametrize("fields", [{}, {"gca": (0,), "match": "params"}])
+def test_interventions_do_not_count_without_cross_attention(fields: dict[str, object]) -> None:
+    assert config(**fields, **INTERVENED).canonical() == config(**fields)
+    assert config(gca=(0,), **INTERVENED).canonical() == config(gca=(0,), **INTERVENED)
+
+
+@pytest.mark.parametrize("update", ["full", "linear", "ffn"])  # the last two have nothing to spare training
+def test_evaluation_only_does_not_count_where_training_cannot_differ(update: str) -> None:
+    asked = config(gca=(0,), update=update, evaluation_only=True)
+    assert asked.canonical() == config(gca=(0,), update=update)
+
+
 def test_run_ids_stay_what_they_were() -> None:
     """A changed id orphans every stored run: a new field needs a default that keeps what was, and enters nothing."""
     data = "0" * 64
@@ -94,12 +109,13 @@ OTHER = {
     "ties": "published", "gca": (0,), "gate": "tanh", "select": "s100", "precision": "bf16", "hidden": 99,
     "text": "random", "latent": 0, "objective": "infonce", "match": "params", "min_per_domain": 0,
     "schedule": "cosine", "published": ("shuffled_batches",), "gate_hidden": 9, "gca_norm": False, "track_test": True,
+    "update": "noise", "evaluation_only": True, "cos_penalty": -0.5,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("pair", "model")])
 def test_every_field_that_differs_makes_another_run(name: str) -> None:
-    base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], schedule="plateau")
+    base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], schedule="plateau", update="parallel")
     now = getattr(base, name)
     value = OTHER[name] if name in OTHER else now / 2 if isinstance(now, float) else 2 * now + 2 * (now == 0)
     changed = base.replace(**{name: value})

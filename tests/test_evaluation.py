@@ -11,8 +11,7 @@ import torch
 from gcalib.alignment import cosine
 from gcalib.attention import record_activations
 from gcalib.config import RunConfig
-from gcalib.data.pair import Pair
-from gcalib.data.split import SplitName
+from gcalib.data.pair import Pair, SplitName
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.evaluation import evaluate, recommend, score
 from gcalib.models.base import Recommender

@@ -252,9 +252,8 @@ def test_grid_of_nothing_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", [False, True])
 def test_ray_cluster_that_loses_a_node_loses_no_run(
-    serial: Path, tmp_path: Path, gather: bool, monkeypatch: pytest.MonkeyPatch
+    serial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two nodes on this machine, one killed once the first record is there: nothing is missing, nothing is twice."""
     import ray
@@ -264,7 +263,7 @@ def test_ray_cluster_that_loses_a_node_loses_no_run(
     cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     node = cluster.add_node(**small)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    asked = {"engine": "ray", "gather": gather, "device": "cpu"}
+    asked = {"engine": "ray", "device": "cpu"}
 
     def kill() -> None:
         until(RunStore(tmp_path).names, 120)

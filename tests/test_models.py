@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gcalib.attention import record_activations
-from gcalib.config import RunConfig
+from gcalib.config import RunConfig, Update
 from gcalib.data.batches import Batch, Stream
 from gcalib.data.pair import Pair
 from gcalib.data.synthetic import synthetic_pair
@@ -35,11 +35,22 @@ NUM_A, NUM_ITEMS = 60, 130
 Z = torch.linspace(-1, 1, 16, dtype=torch.float64)  # CDSRNP's latent: what holds of states holds given z
 
 SEVERAL = [((0,), 2), ((1,), 2), ((2,), 2), ((0, 2), 2), ((0,), 3), ((2,), 3)]  # modules in succession at a point
-DEEP = [(name, *several) for name in ("abxi", "llm4cdsr", "cdsrnp") for several in SEVERAL]
+DEEP = [(name, *several, "full") for name in ("abxi", "llm4cdsr", "cdsrnp") for several in SEVERAL]
+UPDATES = get_args(Update)[1:]
+INTERVENED = [(name, gca, 1, update) for name in ("abxi", "cdsrnp") for gca in ((0,), (0, 1)) for update in UPDATES]
 
 each_case = pytest.mark.parametrize(("name", "gca"), CASES)
-each_depth = pytest.mark.parametrize(("name", "gca", "depth"), [(*case, 1) for case in CASES] + DEEP)
+each_module = pytest.mark.parametrize(
+    ("name", "gca", "depth", "update"), [(*case, 1, "full") for case in CASES] + DEEP + INTERVENED
+)
 each_case_per_domain = pytest.mark.parametrize(("name", "gca"), PER_DOMAIN_CASES)
+
+
+@pytest.fixture
+def one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of every row is the same vector, however many rows there are."""
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *n, **o: Z.expand(*n) if "generator" in o else randn(*n, **o))
 
 
 def without_order(pair: Pair) -> Pair:
@@ -105,10 +116,11 @@ def changed_from(rng: np.random.Generator, sequence: np.ndarray, t: int) -> np.n
 # --------------------------------------------------------------------------------------- no future reaches the past
 
 
-@each_depth
-def test_no_future_in_training(name: str, gca: tuple[int, ...], depth: int) -> None:
+@each_module
+@pytest.mark.usefixtures("one_noise")
+def test_no_future_in_training(name: str, gca: tuple[int, ...], depth: int, update: str) -> None:
     """A state that predicts event t or an earlier one depends on no event from t on."""
-    model, rng = model_of(name, gca, gca_depth=depth), np.random.default_rng(0)
+    model, rng = model_of(name, gca, gca_depth=depth, update=update), np.random.default_rng(0)
     compared = moved = 0
     for t in (3, 5, 8, 10):
         sequences = [history(rng, length) for length in (14, 12, 11)]
@@ -142,19 +154,20 @@ def rows_before(t: int, model: Recommender, batch: Batch) -> list[Tensor]:
     return [h[mask & (stream.query_position < t)] for stream, mask, h in found]
 
 
-@each_depth
-def test_no_future_in_evaluation(name: str, gca: tuple[int, ...], depth: int) -> None:
+@each_module
+@pytest.mark.usefixtures("one_noise")
+def test_no_future_in_evaluation(name: str, gca: tuple[int, ...], depth: int, update: str) -> None:
     """Also of rows older than the newest, which a later cross-attention reads."""
-    model, rng, compared = model_of(name, gca, gca_depth=depth), np.random.default_rng(1), 0
+    model, rng, compared = model_of(name, gca, gca_depth=depth, update=update), np.random.default_rng(1), 0
     for t in (4, 7, 10):
-        sequence = history(rng, 13)
-        both = (sequence, changed_from(rng, sequence, t))
-        first, second = (rows_before(t, model, batch_of(model, [items], False)) for items in both)
+        users = [history(rng, length) for length in (13, 11)]
+        both = (users, [changed_from(rng, sequence, t) for sequence in users])
+        first, second = (rows_before(t, model, batch_of(model, sequences, False)) for sequences in both)
         assert len(first) == len(ENCODED[name]) + 2 * len(gca) * depth
         for one, other in zip(first, second, strict=True):
             assert near(one, other), t
             compared += len(one)
-    assert compared > 7 * len(ENCODED[name]) + 10 * len(gca) * depth
+    assert compared > 14 * len(ENCODED[name]) + 20 * len(gca) * depth
 
 
 # ------------------------------------------------------------------------------------- one computation for all users
@@ -174,9 +187,12 @@ def test_a_user_does_not_depend_on_the_others_in_the_batch(name: str, gca: tuple
             assert near(state[0], together[user])
 
 
-@each_depth
-def test_the_last_training_state_is_the_evaluation_state(name: str, gca: tuple[int, ...], depth: int) -> None:
-    model = model_of(name, gca, gca_depth=depth)
+@each_module
+@pytest.mark.usefixtures("one_noise")
+def test_the_last_training_state_is_the_evaluation_state(
+    name: str, gca: tuple[int, ...], depth: int, update: str
+) -> None:
+    model = model_of(name, gca, gca_depth=depth, update=update)
     trained = predictions(model, HISTORIES)
     asked = states_of(model, batch_of(model, [sequence[:-1] for sequence in HISTORIES], False))
     for user, sequence in enumerate(HISTORIES):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from gcalib.config import Profile
-from gcalib.experiments import run_grid
+from gcalib.experiments import finished
+from gcalib.publish.notebooks import notebooks
 from gcalib.study import claims, tables
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +38,9 @@ def test_link_leads_to_a_file(page: Path, link: str) -> None:
     assert (page.parent / link).exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", notebooks(folder=ROOT / "notebooks"), ids=lambda path: path.stem)
 def test_readme_lists_notebook(path: Path) -> None:
-    assert f"(notebooks/{path.name})" in README
+    assert f"({path.relative_to(ROOT)})" in README
 
 
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,33 +57,18 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names["seen"].attention is not None
 
 
-@pytest.fixture(scope="module")
-def study() -> pd.DataFrame:
-    """The runs behind README's numbers."""
-    return tables.named(run_grid(Profile.load("first", ROOT / "params").grid_configs(), ROOT / "results"))
-
-
-def test_readme_verdicts_are_those_of_the_records(study: pd.DataFrame) -> None:
-    found = claims.overall(claims.judge(study))[["claim", "text", "verdict"]]
-    shown = re.findall(r"^\| (C\d): (.+) \| \*\*(\w+)\*\* \|$", README, re.MULTILINE)
-    assert shown == list(found.itertuples(index=False, name=None))
-
-
-def test_readme_counts_the_runs(study: pd.DataFrame) -> None:
-    assert int(re.search(r"(\d+) runs", README)[1]) == len(study)  # type: ignore[index]
-
-
-def test_readme_cosines_are_those_of_the_records(study: pd.DataFrame) -> None:
-    rows = tables.alignment(study).query("point == 0 and variant in ['GCA0', 'GCA0, tanh']")
-    keys = ["model", "pair", "domain", "seed"]
-    both = rows[rows.groupby(keys)["variant"].transform("nunique") == 2]  # the same pairs and seeds with either gate
-    means = both.groupby(["gate", "model"])["cos_mean_abs"].mean().round(2)
-    models = re.search(r"^\| gate \| (.+) \|$", README, re.MULTILINE)[1].split(" | ")  # type: ignore[index]
-    for gate in ("sigmoid", "tanh"):
-        shown = re.search(rf"^\| {gate} \| (.+) \|$", README, re.MULTILINE)[1].split(" | ")  # type: ignore[index]
-        assert [float(number) for number in shown] == [means[gate, model] for model in models]
-    chance = re.search(r"random directions have ([\d.]+)", README)[1].rstrip(":.")  # type: ignore[index]
-    assert float(chance) == round(both["null_mean_abs"].mean(), 2)
+def test_readme_verdicts_are_those_of_the_records() -> None:
+    profiles = [Profile.load(name, ROOT / "params") for name in ("paper", "ablations")]
+    found = dict.fromkeys(claims.TEXTS, "not tested")
+    try:
+        runs = finished([config for profile in profiles for config in profile.grid_configs()], ROOT / "results")
+    except ValueError:  # none is finished
+        runs = pd.DataFrame()
+    if len(runs):
+        judged = claims.overall(claims.judge(tables.named(runs)))
+        found |= dict(zip(judged["claim"], judged["verdict"], strict=True))
+    shown = re.findall(r"^\| (C\d): (.+) \| \*\*(.+)\*\* \|$", README, re.MULTILINE)
+    assert shown == [(claim, text, found[claim]) for claim, text in claims.TEXTS.items()]
 
 
 def test_readme_figure_is_the_one_of_its_notebook() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gcalib.study import charts, theme
+from gcalib.study import charts, tables, theme
 
 rng = np.random.default_rng(0)
 MEANS = pd.DataFrame(
@@ -30,6 +30,11 @@ DOTS = pd.DataFrame(
         "ndcg": [1.0, 2, 0, 1, 1, 5],
     }
 )
+BY_SIZE = pd.DataFrame(
+    {"case": "ABXI · food-kitchen", "domain": ["A", "A", "B"], "arm": ["baseline", "early", "baseline"]}
+    | {"params_total": [9e6, 11e6, 9e6], "n": [4, 3, 4], "mean": [0.15, 0.17, 0.11]}
+).assign(low=lambda t: t["mean"] - 0.01, high=lambda t: t["mean"] + 0.01)
+FIGURE3 = tables.published("figure3")
 NAMED = {"x": "cos", "y": "ndcg", "x_title": "cos", "y_title": "NDCG", "title": "T", "colour": "pair", "shape": "pair"}
 
 
@@ -69,6 +74,8 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
         "cosine_and_ndcg": charts.cosine_and_ndcg(curves(), title="T", subtitle="one run"),
         "forest_plot": charts.forest_plot(MEANS, x_title="NDCG@10 (%)", title="T"),
         "forest_plot of nothing": charts.forest_plot(MEANS[:0], x_title="x", title="T"),
+        "lines of nothing": charts.lines(DOTS[:0], x="cos", y="ndcg", **axes),
+        "by_size": charts.by_size(BY_SIZE, FIGURE3, title="T"),
         "levels": charts.forest_plot(MEANS.drop(columns="each"), x_title="x", title="T", differences=False),
         "against_nulls": charts.against_nulls(nulls, title="T", band=(0.1, 0.2)),
         "scatter": charts.scatter(DOTS, panel="model", cells=["pair"], **NAMED),
@@ -151,6 +158,15 @@ def test_a_figure_too_detailed_is_drawn_smaller_and_then_refused(monkeypatch):
     monkeypatch.setattr(theme, "MAX_PNG", 1000)
     with pytest.raises(ValueError, match="more than 1000: draw fewer marks"):
         theme.png(spec)
+
+
+def test_by_size_shows_the_papers_points_and_intervals_of_four_runs_only():
+    rows = rows_of(charts.by_size(BY_SIZE, FIGURE3, title="T"))
+    ours, theirs = (rows[rows["of"] == name] for name in ("ours", "paper"))
+    assert (ours["high"] - ours["low"]).tolist() == pytest.approx([0.02, 0, 0.02])
+    assert ours["millions"].tolist() == [9, 11, 9]
+    same = FIGURE3[(FIGURE3["model"] == "ABXI") & (FIGURE3["pair"] == "food-kitchen")]
+    assert theirs["ndcg"].tolist() == same["ndcg10"].tolist() and set(theirs["panel"]) == set(ours["panel"])
 
 
 def test_a_missing_column_and_an_empty_table_are_named():

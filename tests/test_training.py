@@ -237,7 +237,7 @@ def test_divergence_is_told_from_bad_arguments(lr: float, batch_size: int) -> No
 
 
 def test_divergence_after_the_last_step_is_found_in_validation() -> None:
-    with pytest.raises(DivergedError, match="The validation scores are no longer finite"):
+    with pytest.raises(DivergedError, match="Validation scores are no longer finite"):
         fit(tiny_config(lr=1e30, batch_size=60, epochs=1, published=("shuffled_batches",)), PAIR, device="cpu")
 
 

@@ -30,8 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gcalib.data.pair import Pair
-from gcalib.data.split import Split
+from gcalib.data.pair import Pair, Split
 
 NEVER = 2**31 - 1  # position of a row that holds no event: later than every query
 

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from gcalib.data.pair import DataError, Pair, Titles
-from gcalib.data.split import MIN_EVENTS, places_from_end
+from gcalib.data.pair import MIN_EVENTS, DataError, Pair, Titles, places_from_end
 
 TIE_SEED = 0
 ONE_DOMAIN_SEED = 2410_13588  # of the sample of users active in one domain, part of the data: CDSRNP's number

@@ -161,18 +161,21 @@ EARLY, MID, LATE = 0, 1, 2  # insertion points
 class CrossDomainAttention(nn.ModuleDict):
     """The gated cross-attentions of a model, two for each insertion point (`"0a"`: point 0, queries of A).
 
-    With `gca_depth` more follow at the same point (`"0a_2"`, `"0a_3"`).
+    With `gca_depth` more follow at the same point (`"0a_2"`, `"0a_3"`). With `update="other-user"` the rows of Y are
+    those of the next user in the batch.
     """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.points, self.depth = config.gca, config.gca_depth
+        self.other_user, self.evaluation_only = config.update == "other-user", config.evaluation_only
         for point in config.gca:
             for number in range(1, self.depth + 1):
                 for s in "ab":
                     module = GatedCrossAttention(
-                        config.dim, config.heads, config.gate, gate_hidden=config.gate_hidden, norm=config.gca_norm
-                    )
+                        config.dim, config.heads, config.gate, gate_hidden=config.gate_hidden, norm=config.gca_norm,
+                        update=config.update, evaluation_only=config.evaluation_only,
+                    )  # fmt: skip
                     suffix = f"_{number}" if number > 1 else ""
                     module.name = f"{s}.gca{point}{suffix}"
                     self[f"{point}{s}{suffix}"] = module
@@ -194,8 +197,11 @@ class CrossDomainAttention(nn.ModuleDict):
             updated = of_predictions or point != min(self.points) or number > 1
             suffix, out = f"_{number}" if number > 1 else "", []
             for s, x, y, of_x, of_y in (("a", *h, *batch.domains), ("b", *h[::-1], *batch.domains[::-1])):
-                mask = visible(of_x.query_position, of_y.query_position + 1 if updated else of_y.position)
                 rows, keys = (of_x.predicts, of_y.predicts) if of_predictions else (of_x.mask, of_y.mask)
+                newest = of_y.query_position + 1 if updated else of_y.position
+                if self.other_user and not (self.training and self.evaluation_only):
+                    y, keys, newest = (t.roll(-1, 0) for t in (y, keys, newest))
+                mask = visible(of_x.query_position, newest)
                 updated_x = self[f"{point}{s}{suffix}"](x, y, query_mask=rows, key_mask=keys, mask=mask)
                 out.append(torch.where(rows.unsqueeze(2), updated_x, x))
             h = out[0], out[1]

@@ -46,8 +46,9 @@ def _log_axis(channel: type[Any], values: pd.Series, title: str) -> Any:
 
 
 def _colour(frame: pd.DataFrame, column: str) -> alt.Color:
-    legend = alt.Legend(title=None, orient="top", columns=3)
-    return alt.Color(f"{column}:N", scale=colours(frame[column].unique()), legend=legend)
+    names = frame[column].unique()
+    legend = alt.Legend(title=None, orient="top", columns=2 if max(map(len, names)) > 20 else 3)  # of a phone's width
+    return alt.Color(f"{column}:N", scale=colours(names), legend=legend)
 
 
 def _finish(chart: Any, frame: pd.DataFrame, panel: str, columns: int, title: str, subtitle: str, own: str = "") -> Any:
@@ -58,6 +59,12 @@ def _finish(chart: Any, frame: pd.DataFrame, panel: str, columns: int, title: st
         chart = chart.facet(alt.Facet(f"{panel}:N", title=None, sort=names), columns=columns or len(names), spacing=32)
         chart = chart.resolve_scale(**dict.fromkeys(own, "independent"))
     return chart.properties(title=alt.TitleParams(title, subtitle=subtitle or alt.Undefined)) if title else chart
+
+
+def _nothing(title: str, subtitle: str) -> Any:
+    """A figure without data, so that a notebook can be executed while its runs are awaited."""
+    text = alt.Chart(pd.DataFrame({"text": ["no runs yet"]})).mark_text().encode(alt.Text("text:N"))
+    return _finish(text, pd.DataFrame(), "", 0, title, subtitle)
 
 
 def lines(
@@ -75,6 +82,8 @@ def lines(
     log
         Axes that are logarithmic: "x", "y" or "xy".
     """
+    if not len(frame):
+        return _nothing(title, subtitle)
     keys, parts = list(dict.fromkeys(name for name in (colour, line, panel) if name)), []
     drawn = frame.dropna(subset=[y]).groupby(keys, sort=False)
     count = min(POINTS, ROWS // max(drawn.ngroups, 1))
@@ -105,7 +114,7 @@ def cosine_and_ndcg(curves: pd.DataFrame, *, title: str, subtitle: str = "") -> 
     """
     parts = []
     for letter in "ab":
-        named = {f"val.{letter}.gca0.{name}": text for name, text in LEVELS.items()}
+        named = {f"val.{letter}.gca0.{name}": text for name, text in LEVELS.items() if "gated" not in name}
         named[f"val.{letter}.full.ndcg@10"] = "NDCG@10"
         there = curves[["epoch", *(name for name in named if name in curves)]].rename(columns=named)
         parts.append(there.melt("epoch", var_name="line").assign(domain=letter.upper()))
@@ -135,9 +144,8 @@ def forest_plot(
     differences
         Whether there is a line at zero, and colours that say on which side of it an interval lies.
     """
-    if not len(frame):  # so that a notebook can be executed while its runs are awaited
-        nothing = alt.Chart(pd.DataFrame({"text": ["no runs yet"]})).mark_text().encode(alt.Text("text:N"))
-        return _finish(nothing, frame, "", 0, title, subtitle)
+    if not len(frame):
+        return _nothing(title, subtitle)
     drawn = (frame["n"] >= FEWEST) & frame["low"].notna()
     names = {"above 0": COLOURS[0], "below 0": COLOURS[1], "open": "#999999", "too few runs": "#bbbbbb"}
     says = np.select([~drawn, frame["low"] > 0, frame["high"] < 0], ["too few runs", "above 0", "below 0"], "open")
@@ -188,16 +196,17 @@ def by_size(frame: pd.DataFrame, paper: pd.DataFrame, *, title: str, subtitle: s
     table = pd.concat([ours, theirs.assign(low=theirs["ndcg"], high=theirs["ndcg"])])
     base = _base(table, "panel", "arm", "of", "ndcg", "millions", "low", "high", width=270, height=190).encode(
         _axis(alt.X, "millions", "parameters, embeddings included (millions)", zero=False, padding=8),
-        shape=alt.Shape("arm:N", legend=alt.Legend(title=None, orient="top")),
+        _axis(alt.Y, "ndcg", "NDCG@10", zero=False),
     )  # fmt: skip
-    value = _axis(alt.Y, "ndcg", "NDCG@10", zero=False)
-    of = {name: base.transform_filter(f"datum.of == '{name}'") for name in ("paper", "ours")}
+    grey, mine = (base.transform_filter(f"datum.of == '{name}'") for name in ("paper", "ours"))
+    hue = _colour(ours, "arm")
+    form = alt.Shape("arm:N", scale=alt.Scale(domain=hue["scale"]["domain"], range=SHAPES), legend=hue["legend"])
     layers = [
-        of["paper"].mark_line(color=PAPER, strokeDash=[4, 3]).encode(value, alt.Detail("arm:N")),
-        of["paper"].mark_point(color=PAPER, filled=False).encode(value),
-        of["ours"].mark_line().encode(value, _colour(ours, "arm")),
-        of["ours"].mark_rule(strokeWidth=2).encode(alt.Y("low:Q"), alt.Y2("high:Q"), _colour(ours, "arm")),
-        of["ours"].mark_point(size=70).encode(value, _colour(ours, "arm")),
+        grey.mark_line(color=PAPER, strokeDash=[4, 3]).encode(alt.Detail("arm:N")),
+        grey.mark_point(fill="white", stroke=PAPER, strokeWidth=2).encode(form),
+        mine.mark_line().encode(hue),
+        mine.mark_rule(strokeWidth=2).encode(hue, alt.Y("low:Q", title="NDCG@10"), alt.Y2("high:Q")),
+        mine.mark_point(size=70).encode(hue, form),
     ]
     return _finish(alt.layer(*layers), table, "panel", columns, title, subtitle, "xy")
 
@@ -226,7 +235,7 @@ def against_nulls(frame: pd.DataFrame, *, title: str, subtitle: str = "", band: 
     ]  # fmt: skip
     if band:
         layers.insert(0, drawn.mark_rect(color=BAND).encode(alt.X(datum=band[0]), alt.X2(datum=band[1])))
-    return _finish(alt.layer(*layers), frame, "domain", 0, title, subtitle)
+    return _finish(alt.layer(*layers), frame, "domain", 1, title, subtitle)
 
 
 def scatter(

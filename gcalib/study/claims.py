@@ -7,7 +7,7 @@ twelve runs in a scatter, a question is "not tested".
 Judges take records named by `gcalib.study.tables.named`, and answer for each model and width, over all pairs and for
 each, in rows with `COLUMNS`: `protocol` is the candidates, `reason` why the verdict is so, `seeds` those of the cell
 with fewest, `paper` its figure, `p` that of no effect, `holm` the same corrected for the rows of a claim over as many
-pairs and domains; `decides` marks what `overall` counts.
+pairs and domains; `decides` marks what `overall` counts; `each` are the changes of C1, C4 and C5, seed by seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERDICTS = ["contradicted", "not replicated", "not tested", "replicated"]
 """By rank: of several parts of a claim, the first of these that occurs is the verdict on all of it."""
 COLUMNS = [
     "claim", "model", "dim", "domain", "pair", "question", "protocol", "ours", "low", "high", "unit", "text", "verdict",
-    "reason", "seeds", "runs", "paper", "p", "holm", "decides",
+    "reason", "seeds", "runs", "paper", "p", "holm", "decides", "case", "each",
 ]  # fmt: skip
 SAME = 3.0  # percent, of either sign, up to which there is no difference
 SCATTER = 12  # runs of a pair from which a correlation is judged
@@ -97,6 +97,7 @@ def _judged(claim: str, runs: pd.DataFrame, answers: list[dict[Any, Any]], metri
         text = statistics.as_text(row["mean"], row["low"], row["high"], "%" * (unit == "%"), 1 if unit == "%" else 2)
         said = {"claim": claim, "question": question, "ours": row["mean"], "unit": unit, "verdict": word}
         said |= {"reason": reason + row.get("note", ""), "paper": paper["figure"], "decides": rule["decides"]}
+        said |= {"case": f"{row['model']} · {row['pair']}"}
         rows.append({"text": text, **row, **said})
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"seeds": "Int64", "runs": "Int64", "holm": float})
     tested = table[(table["verdict"] != "not tested") & table["p"].notna()]

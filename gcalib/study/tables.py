@@ -86,7 +86,7 @@ def by_domain(runs: pd.DataFrame, figures: Mapping[str, str], split: str = "test
         protocol = protocol.mask((protocol == name) & lacking, "full")
     parts = []
     for letter in "ab":
-        for candidates in protocol.unique():
+        for candidates in protocol.unique().tolist() or ["full"]:  # no runs are a table, too
             part = runs[protocol == candidates]
             names = {
                 new: f"{split}.{letter}.{one}".replace(".paper.", f".{candidates}.") for new, one in figures.items()
@@ -103,7 +103,9 @@ def counts(runs: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
     return cells.reindex(columns=list(variants), fill_value=0).rename_axis(columns=None)
 
 
-def side_by_side(effects: Mapping[str, pd.DataFrame], keys: Sequence[str] = ("model", "pair", "domain")) -> pd.DataFrame:
+def side_by_side(
+    effects: Mapping[str, pd.DataFrame], keys: Sequence[str] = ("model", "pair", "domain")
+) -> pd.DataFrame:
     """Tables of `statistics` beside each other as texts, a column each; rows are told apart by `keys`."""
     texts = {
         name: frame.assign(text=[statistics.as_text(*row) for row in frame[["mean", "low", "high"]].to_numpy()])
@@ -117,9 +119,10 @@ def curves(runs: pd.DataFrame, store: str, metric: str) -> pd.DataFrame:
     `seed`, `domain`, `epoch`, `value`.
     """
     names = ["run_id", "model", "pair", "case", "variant", "dim", "seed"]
-    rows = load_curves(store, runs["run_id"].tolist()).merge(runs[names], on="run_id")
-    parts = [rows[[*names, "epoch"]].assign(domain=s.upper(), value=rows[f"val.{s}.{metric}"]) for s in "ab"]
-    return pd.concat(parts, ignore_index=True).dropna(subset=["value"])
+    columns = {f"val.{letter}.{metric}": letter.upper() for letter in "ab"}
+    rows = load_curves(store, runs["run_id"].tolist()).reindex(columns=["run_id", "epoch", *columns])
+    rows = rows.melt(["run_id", "epoch"], var_name="domain").replace({"domain": columns}).astype({"value": float})
+    return rows.dropna(subset=["value"]).merge(runs[names], on="run_id")
 
 
 def alignment(runs: pd.DataFrame) -> pd.DataFrame:
@@ -137,9 +140,8 @@ def alignment(runs: pd.DataFrame) -> pd.DataFrame:
         mine = measured[[point in points and number <= depth for points, depth in depths]]
         if len(mine):
             parts.append(by_domain(mine, figures).assign(point=point, number=number))
-    if not parts:
-        raise ValueError("None of these runs has cross-attention, so there is nothing to measure.")
-    return pd.concat(parts, ignore_index=True)
+    none = runs[:0].assign(**dict.fromkeys(("domain", "protocol", "point", "number", "ndcg")))
+    return pd.concat(parts or [none], ignore_index=True)
 
 
 def selection(runs: pd.DataFrame, metric: str = "paper.ndcg@10") -> pd.DataFrame:

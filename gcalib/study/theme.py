@@ -43,7 +43,8 @@ VEGALITE = "application/vnd.vegalite.v6+json"
 
 
 def enable() -> None:
-    """Give every chart of this session the look of the package, and store it as PNG and Vega-Lite."""
+    """Give every chart of this session the look of the package, and store it as PNG and Vega-Lite; cut no table text."""
+    pd.set_option("display.max_colwidth", None)
     alt.theme.enable("gcalib")
     alt.renderers.enable("gcalib")
     alt.data_transformers.enable("default", max_rows=MAX_ROWS)
