@@ -160,7 +160,7 @@ def test_committed_runs_ask_for_no_download(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("GCALIB_DATA", str(tmp_path))
     monkeypatch.setattr(sources.pooch, "retrieve", never)
     gcalib.experiments._pair.cache_clear()
-    config = Profile.load("first", ROOT / "params").grid_configs()[0]
+    config = Profile.load("search", ROOT / "params").grid_configs()[0]
     (found,) = run_grid([config], ROOT / "results")["run_id"]
     assert run(config, ROOT / "results")["run_id"] == found
     with pytest.raises(DataError, match="food-kitchen"):

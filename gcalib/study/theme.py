@@ -43,7 +43,7 @@ VEGALITE = "application/vnd.vegalite.v6+json"
 
 
 def enable() -> None:
-    """Give every chart of this session the look of the package, and store it as PNG and Vega-Lite; cut no table text."""
+    """Give every chart of this session the look of the package, store it as PNG and Vega-Lite, show tables uncut."""
     pd.set_option("display.max_colwidth", None)
     alt.theme.enable("gcalib")
     alt.renderers.enable("gcalib")
