@@ -307,7 +307,7 @@ def test_text_of_users_is_of_their_training_events() -> None:
 
 def test_facts_say_where_the_text_is_from() -> None:
     facts = build_model(RunConfig(pair="synthetic", model="llm4cdsr", text="hashed-words", dim=16), PAIR).facts()
-    assert facts["text_source_a"] == facts["text_source_b"] == "planted titles"
+    assert facts["text_source_a"] == facts["text_source_b"] == "planted titles 100%"
     assert facts["text_items_b"] == facts["text_events_a"] == 1.0
     assert facts["text_width"] == 256
     assert len(facts["text_sha256"]) == 64

@@ -76,6 +76,7 @@ def everyone() -> dict[str, alt.TopLevelMixin]:
         "forest_plot of nothing": charts.forest_plot(MEANS[:0], x_title="x", title="T"),
         "lines of nothing": charts.lines(DOTS[:0], x="cos", y="ndcg", **axes),
         "by_size": charts.by_size(BY_SIZE, FIGURE3, title="T"),
+        "by_size of nothing": charts.by_size(BY_SIZE[:0], FIGURE3, title="T"),
         "levels": charts.forest_plot(MEANS.drop(columns="each"), x_title="x", title="T", differences=False),
         "against_nulls": charts.against_nulls(nulls, title="T", band=(0.1, 0.2)),
         "scatter": charts.scatter(DOTS, panel="model", cells=["pair"], **NAMED),

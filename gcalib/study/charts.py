@@ -184,6 +184,8 @@ def by_size(frame: pd.DataFrame, paper: pd.DataFrame, *, title: str, subtitle: s
     `frame` is of `gcalib.study.tables.sizes`, `paper` of `tables.published("figure3")`. Intervals are drawn from
     `FEWEST` runs on.
     """
+    if not len(frame):
+        return _nothing(title, subtitle)
     drawn = frame["n"] >= FEWEST
     ours = pd.DataFrame({
         "panel": frame["case"] + " · " + frame["domain"], "arm": frame["arm"], "of": "ours", "ndcg": frame["mean"],

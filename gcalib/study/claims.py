@@ -212,8 +212,9 @@ def overall(judged: pd.DataFrame) -> pd.DataFrame:
     keys = [rows[name] for name in ("claim", "model", "question")]
     width = rows["dim"].where(rows["verdict"] != "not tested", 0).groupby(keys).transform("max")
     ranks = rows["verdict"].map(VERDICTS.index)[(rows["dim"] == width) | (width == 0)]
-    by_model = ranks.groupby([rows["claim"], rows["model"]]).min().unstack()
-    table = by_model.assign(verdict=by_model.min(axis=1)).map(lambda rank: "" if pd.isna(rank) else VERDICTS[int(rank)])
+    by_model = ranks.groupby([rows["claim"], rows["model"]]).min().unstack().reindex(columns=tables.BASELINES)
+    by_model = by_model.fillna(VERDICTS.index("not tested"))  # the claims are about all of them
+    table = by_model.assign(verdict=by_model.min(axis=1)).map(lambda rank: VERDICTS[int(rank)])
     return table.assign(text=table.index.map(TEXTS))[["text", "verdict", *by_model]].reset_index()
 
 
