@@ -1,4 +1,5 @@
-"""What holds for every test: one thread, as processes that each take all cores wait for each other; Ctrl-C is heard."""
+"""What holds for every test: one thread, as processes that each take all cores wait for each other; Ctrl-C is heard;
+no test fails for being slow."""
 
 import os
 import signal
@@ -6,7 +7,12 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
+import hypothesis  # noqa: E402
 import torch  # noqa: E402 - the thread count must be set first
+
+# how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("gcalib", deadline=None)
+hypothesis.settings.load_profile("gcalib")
 
 torch.set_num_threads(1)
 
