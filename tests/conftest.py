@@ -1,5 +1,6 @@
 """What holds for every test: one thread, as processes that each take all cores wait for each other; Ctrl-C is heard;
-no test fails for being slow."""
+no test fails for being slow.
+"""
 
 import os
 import signal
