@@ -154,6 +154,7 @@ def forest_plot(
         **{side: frame[side].where(drawn, frame["mean"]) for side in ("low", "high")},  # a bar that the dot hides
         says=says, run=each.where(~drawn, frame["mean"]),  # a field without any value has no scale
     ).explode("run").astype({"run": float})  # fmt: skip
+    table["run"] = table["run"].fillna(table["mean"])
     high = 24 * int(frame.groupby(panel)[row].nunique().max()) if own_axes else alt.Step(24)
     table["paper"] = frame["paper"].reindex(table.index) if "paper" in frame else np.nan
     plain = _base(table, row, panel, "mean", "low", "high", "says", "run", "paper", width=270, height=high)
