@@ -252,5 +252,5 @@ def test_every_committed_run_belongs_to_a_profile() -> None:
     asked = {config for profile in profiles for config in profile.grid_configs()}
     records = [record for name in runs.names() if (record := runs.get(name))]
     stored = [RunConfig(**{field: record[field] for field in RunConfig.model_fields}) for record in records]
-    assert len(stored) > 50
+    assert len(stored) > 75
     assert [config for config in stored if config not in asked] == []
