@@ -23,6 +23,7 @@ _HOMES = {
     "load_pair": "data.sources",
     "load_results": "store",
     "notebook_parameters": "config",
+    "pair_from_frames": "data.frames",
     "ranking": "",
     "recommend": "evaluation",
     "record_activations": "attention",

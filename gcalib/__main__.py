@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import signal
+
+if __name__ == "__main__":  # Ctrl-C ends quietly while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# ruff: noqa: E402
+import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -20,14 +26,26 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 ProfileName = Annotated[str, typer.Option(help="a profile of params/, by name or file")]
 
 
+def _fields(settings: list[str] | None) -> dict[str, Any]:
+    """Settings that read key=value, the value in YAML."""
+    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in settings or [])}
+
+
 @app.command()
 def pairs(
+    path: Annotated[str | None, typer.Argument(help="of one pair, or its name: what was read and dropped")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="an argument of load_pair, e.g. columns='{user: 0, item: 1}'")
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the public files that are missing")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the hashes of the files")] = False,
 ) -> None:
-    """List the pairs: where their files are, and how large they are."""
-    from gcalib.data.sources import report
+    """List the pairs: where their files are, and how large they are; or say what is in one of them."""
+    from gcalib.data.sources import load_pair, report, summary
 
+    if path is not None:
+        typer.echo(summary(load_pair(path, **_fields(setting))))
+        return
     frame = report(download=download, verify=verify)
     typer.echo(frame.drop(columns="problem").dropna(axis="columns", how="all").to_string(index=False))
     for problem in frame.loc[frame["found"].ne("missing") & frame["problem"].ne(""), "problem"]:
@@ -46,10 +64,14 @@ def run(
     keep_model: Annotated[bool, typer.Option("--keep-model", help="keep the weights for load_model")] = False,
 ) -> None:
     """Train and measure one config, or show its record if the store has it."""
+    from gcalib.data.pair import NoDataError
+    from gcalib.data.sources import summary
+    from gcalib.experiments import pair_of
     from gcalib.experiments import run as run_config
 
-    fields = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in setting or [])}
-    config = RunConfig(**{"pair": pair, **fields})
+    config = RunConfig(**{"pair": pair, **_fields(setting)})
+    with suppress(NoDataError):  # the store may have the run all the same
+        typer.echo(summary(pair_of(config, download=False)) + "\n")
     for key, value in run_config(config, store, device=device, keep_model=keep_model).items():
         typer.echo(f"{key:40s} {value:.6g}" if isinstance(value, float) else f"{key:40s} {value}")
 
@@ -130,6 +152,10 @@ def results(store: Store = "results") -> None:
     frame[["gate", "heads"]] = frame[["gate", "heads"]].astype("object").where(has_gate, "")
     frame["gca"] = frame["gca"].map(lambda points: "+".join(map(str, points)))
     keys = ["pair", "model", "gca", "match", "dim", "seed"]
+    frame["data"] = frame["data_sha256"].str[:8]
+    alike = frame[frame.duplicated(keys, keep=False)].groupby(keys)  # rows that would look like one another
+    others = [name for name in (*RunConfig.model_fields, "data") if name not in (*keys, "gate", "heads")]
+    keys += [name for name in others if name in frame and alike[name].nunique().gt(1).any()]
     figures = [name for name in ("test.a.full.ndcg@10", "test.b.full.ndcg@10") if name in frame]
     shown = frame.sort_values(keys)[["run_id", *keys, "gate", "heads", "best_epoch", *figures]]
     typer.echo(shown.to_string(index=False, float_format="{:.4f}".format))
@@ -145,6 +171,7 @@ def compact(store: Store = "results") -> None:
 
 def main() -> None:
     """Run the command line; what the user did wrong is one sentence, without a traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:

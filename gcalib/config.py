@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 PARAMS = Path("params")
 
@@ -21,6 +21,7 @@ Gate = Literal["sigmoid", "tanh", "constant", "none"]
 Update = Literal["full", "orthogonal", "parallel", "noise", "other-user", "linear", "ffn"]
 Published = Literal["official_attention", "pads_as_targets", "shuffled_batches", "exclude_history_negatives"]
 
+DATA = ("pair", "ties", "max_length", "min_per_domain", "min_events_per_item", "columns", "shared_ids")
 TRAINED = ("abxi", "cdsrnp", "llm4cdsr", "sasrec", "sasrec-mixed")
 BUILT_IN = (*TRAINED, "popularity", "markov", "item-knn")
 MODEL_NAMES = set(BUILT_IN)  # and those of `gcalib.models.matching.register`
@@ -39,7 +40,19 @@ READ_BY: dict[str, tuple[str, ...]] = {
 """Fields, and options of `published`, that only some models read; set for another model, they are refused."""
 
 
-class RunConfig(BaseModel, frozen=True, extra="forbid"):
+class Settings(BaseModel, frozen=True, extra="forbid"):
+    """A model whose numbers may not be written as truth values: YAML reads `no` as false, and pydantic that as 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        values = value if isinstance(value, list | tuple) else [value]
+        if cls.model_fields[str(info.field_name)].annotation is not bool and any(isinstance(v, bool) for v in values):
+            raise ValueError("true and false (in YAML also yes, no, on and off) mean nothing here")
+        return value
+
+
+class RunConfig(Settings, frozen=True):
     """Everything that decides the figures of one training run.
 
     Where records are stored and how many workers train are arguments of `run` and `run_grid` instead. Defaults are
@@ -56,6 +69,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     ties: Literal["shuffle", "published"] = Field("shuffle", description="order of one user's events of equal time")
     max_length: int = Field(50, ge=4, description="events kept per user, the newest ones")
     min_per_domain: int | None = Field(None, ge=0, description="events of a user in each domain; 0: one is enough")
+    min_events_per_item: int = Field(1, ge=1, description="events of an item")
+    columns: str | None = Field(None, description="of one's own tables, as `gcalib.load_pair` explains, a dict or JSON")
+    shared_ids: Literal["drop", "distinct"] | None = Field(None, description="item ids in both of one's own tables")
 
     # model
     model: str = Field("abxi", description="one of `MODEL_NAMES`")
@@ -98,6 +114,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     published: tuple[Published, ...] = Field((), description="what official code does and the study does not")
     seed: int = Field(0, ge=0, lt=2**63)
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _as_json(cls, value: Any) -> Any:
+        return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+
     @field_validator("gca", "published")
     @classmethod
     def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -130,8 +151,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         a model is matched to is that of a gate and a norm. A baseline that only counts reads data and seed.
         """
         if self.model in BUILT_IN and self.model not in TRAINED:
-            read = {"pair", "ties", "max_length", "min_per_domain", "model", "seed"}
-            return RunConfig(**self.model_dump(include=read))
+            return RunConfig(**self.model_dump(include={*DATA, "model", "seed"}))
         idle = {"plateau_patience", "stop_patience"} if self.schedule == "cosine" else set()
         idle |= {"gate", "heads", "update", "evaluation_only", "cos_penalty"} if not self.gca or self.match else set()
         idle |= {"evaluation_only"} if self.update in ("full", "linear", "ffn") else set()
@@ -150,13 +170,14 @@ def run_id(config: RunConfig, data_sha256: str, results_version: int) -> str:
     Only fields that differ from their default enter the hash: a field added later, with a default that keeps what was
     so before, renames no run. Changing a default asks for a new results version.
     """
-    # A folder may be spelt in many ways: the data's hash speaks for the pair.
-    fields = config.canonical().model_dump(mode="json", exclude_defaults=True, exclude={"pair"})
+    # A folder may be spelt in many ways, and so may its tables: the data's hash speaks for them.
+    spelt = {"pair", "columns", "shared_ids"}
+    fields = config.canonical().model_dump(mode="json", exclude_defaults=True, exclude=spelt)
     key = json.dumps([fields, data_sha256, results_version], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-class Rule(BaseModel, frozen=True, extra="forbid"):
+class Rule(Settings, frozen=True):
     """Settings of a profile for one model, one pair, or both: those that were found to suit them."""
 
     model: str | None = None
@@ -164,7 +185,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
     settings: dict[str, Any] = Field(description="RunConfig fields")
 
 
-class Block(BaseModel, frozen=True, extra="forbid"):
+class Block(Settings, frozen=True):
     """A part of a profile's grid: every model on every pair in every variant with every seed."""
 
     models: tuple[str, ...] = Field(("abxi",), min_length=1)
@@ -173,7 +194,7 @@ class Block(BaseModel, frozen=True, extra="forbid"):
     seeds: tuple[int, ...] = Field((), description="without any, the profile's seeds")
 
 
-class Profile(BaseModel, frozen=True, extra="forbid"):
+class Profile(Settings, frozen=True):
     """What the notebooks run: one YAML file in `params/`, whose keys are the notebooks' parameters.
 
     A later rule wins over an earlier one and over the settings; what a notebook or the grid asks for wins over all.
@@ -181,7 +202,7 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
 
     profile: str = Field(description="name of the file in params/, without .yaml")
     pair: str = Field("synthetic", description="pair of the notebooks that are about one pair")
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one given twice counts once")
     store: str = Field("results", description="folder of the run store")
     workers: int = Field(1, ge=1, description="processes that share the machine's cores")
     settings: dict[str, Any] = Field(default_factory=dict, description="RunConfig fields of every run")
@@ -199,7 +220,8 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
 
     def configs(self, *variants: Mapping[str, Any]) -> list[RunConfig]:
         """One config for each variant and seed, in that order."""
-        return [self.config(**{**variant, "seed": seed}) for variant in variants for seed in self.seeds]
+        seeds = dict.fromkeys(self.seeds)
+        return [self.config(**{**variant, "seed": seed}) for variant in variants for seed in seeds]
 
     def grid_configs(self) -> list[RunConfig]:
         """The configs of the grid in order, none twice."""

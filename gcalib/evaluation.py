@@ -34,8 +34,8 @@ def evaluate(
     """Rank every target and measure every cross-attention, in one pass over the users.
 
     A user has one target, or one in each domain where there is no global order (`gcalib.data.pair`). The sampled
-    protocols are read out of the full ranking's scores. A protocol for which a domain has too few items is left out.
-    Without any protocol nothing is ranked.
+    protocols are read out of the full ranking's scores. A protocol for which a domain has too few items is left out,
+    and so is the target of a user who has every item of its domain. Without any protocol nothing is ranked.
 
     Returns
     -------
@@ -92,7 +92,7 @@ def evaluate(
     if not pair.in_both.all():
         groups |= {"both": pair.in_both[parts.users], "single": ~pair.in_both[parts.users]}
     for domain in domains:
-        letter, mine = "ab"[domain], target_domain == domain
+        letter, mine = "ab"[domain], (target_domain == domain) & (full_size > 1)
         for name in ranks if mine.any() else ():
             size = full_size if name == "full" else np.full(len(parts), 1 + SAMPLED[name])
             _put(result, f"{letter}.{name}", metrics(ranks[name][mine], size[mine]))
@@ -104,6 +104,8 @@ def evaluate(
                 _put(result, f"{letter}.full_{name}", metrics(ranks["full"][chosen], full_size[chosen]))
         result[f"{letter}.targets"] = int(mine.sum())
         result[f"{letter}.targets_unseen"] = int((mine & ~known).sum())
+        if alone := int((target_domain == domain).sum() - mine.sum()):
+            result[f"{letter}.targets_without_other_items"] = alone
     for name, meter in meters.items():
         _put(result, name, meter.result())
     return result

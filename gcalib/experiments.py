@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.metadata
+import json
 import logging
 import resource
 import sys
@@ -19,9 +20,9 @@ import torch
 
 from gcalib.attention import GatedCrossAttention
 from gcalib.cluster import run_in_processes, run_on_ray
-from gcalib.config import RunConfig, run_id
-from gcalib.data.pair import DataError, Pair
-from gcalib.data.sources import load_pair
+from gcalib.config import DATA, RunConfig, run_id
+from gcalib.data.pair import DataError, NoDataError, Pair
+from gcalib.data.sources import load_pair, stamp
 from gcalib.evaluation import evaluate
 from gcalib.models.base import Recommender
 from gcalib.models.matching import build_model, flops_per_step, matched, parameter_counts
@@ -42,15 +43,19 @@ class GridError(RuntimeError):
         super().__init__(f"{len(failures)} of {asked} runs failed, the others are stored. " + " | ".join(lines))
 
 
-_pair = functools.lru_cache(maxsize=4)(load_pair)
-
-
 def pair_of(config: RunConfig, download: bool = True) -> Pair:
-    """The pair of a config, kept for the next call; without `download`, DataError if it is not on this machine."""
-    fields = config.model_dump(include={"ties", "max_length", "min_per_domain"})
-    with suppress(DataError):
-        return _pair(config.pair, **fields, download=False)
-    return _pair(config.pair, **fields, download=download)
+    """The pair of a config, kept until its files change; without `download`, NoDataError if it is not here."""
+    fields = tuple(config.model_dump(include=set(DATA)).items())
+    with suppress(NoDataError):
+        return _pair(stamp(config.pair), fields, download=False)
+    return _pair(stamp(config.pair), fields, download=download)
+
+
+@functools.lru_cache(maxsize=4)
+def _pair(files: tuple[tuple[str, int, int], ...], fields: tuple[tuple[str, Any], ...], download: bool) -> Pair:
+    options = dict(fields)
+    columns = json.loads(options.pop("columns") or "null")
+    return load_pair(options.pop("pair"), **options, columns=columns, download=download)
 
 
 def run(
@@ -107,8 +112,8 @@ def load_model(run_id: str, store: str | Path = "results") -> Recommender:
 
 
 def _name(config: RunConfig, runs: RunStore, *, download: bool) -> str:
-    """The run's id. What is stored is found without its data; DataError if it is not, and the data is not here."""
-    with suppress(DataError):
+    """The run's id. What is stored is found without its data; NoDataError if it is not, and the data is not here."""
+    with suppress(NoDataError):
         return run_id(config, pair_of(config, download=False).sha256, RESULTS_VERSION)
     return runs.find(config) or run_id(config, pair_of(config, download).sha256, RESULTS_VERSION)
 

@@ -203,6 +203,8 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
         content = json.loads(text)
         if content.pop("sha256") != _sha256(list(content.values())):
             raise ValueError("its content does not have the hash that it names")
+        if content["record"]["run_id"] != path.stem:
+            raise ValueError(f"it is a copy of run {content['record']['run_id']}")
         return content["record"], content["curves"]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it to run it again.") from error
@@ -215,7 +217,10 @@ def _sha256(content: Any) -> str:
 @functools.lru_cache(maxsize=8)
 def _read_table(path: Path, *version: int) -> pa.Table:
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        if not {"run_id", "results_version"} <= {*table.column_names} and path.stem == "records":
+            raise ValueError("it is not a table of runs")
+        return table
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): it holds many runs, so restore it from a copy.") from error
 

@@ -9,12 +9,14 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 import gcalib
 from gcalib.__main__ import main
 from gcalib.config import RunConfig
+from gcalib.data.sources import load_pair
 from gcalib.experiments import run_grid
 from gcalib.store import RunStore
 
@@ -71,6 +73,48 @@ def test_results_are_a_line_each_without_the_gate_of_runs_that_have_none(command
     _, with_gate, without = command("results")[1].splitlines()[-3:]
     assert with_gate.split()[2:8] == ["abxi", "0", "8", "0", "sigmoid", "2"]
     assert without.split()[2:6] == ["markov", "64", "3", "0"]
+
+
+def test_results_show_what_rows_that_look_alike_differ_in(command: Command, project: Path) -> None:
+    for items in (60, 50):
+        folder = project / "shop"
+        folder.mkdir(exist_ok=True)
+        for name in "ab":
+            rows = [f"u{n % 12},{name}{n * 7 % items},{n}" for n in range(150)]
+            (folder / f"{name}.csv").write_text("user,item,timestamp\n" + "\n".join(rows))
+        for length in (50, 9):
+            command("run", "--pair", "shop", "--set", "model=markov", "--set", f"max_length={length}")
+    header, *rows = command("results")[1].splitlines()
+    assert {"data", "max_length"} <= set(header.split())
+    assert "lr" not in header.split()
+    assert len({tuple(row.split()[1:9]) for row in rows}) == len(rows) == 4
+
+
+@pytest.mark.parametrize("form", ["inter", "jsonl.gz"])
+def test_files_as_people_have_them_are_run_and_described(command: Command, project: Path, form: str) -> None:
+    """Two files of RecBole's form, and of the 2023 release's: from files to a record."""
+    pair = load_pair(TINY)
+    (project / "shop").mkdir()
+    for letter, domain in (("food", 0), ("kitchen", 1)):
+        mine = pair.domain_of(pair.items) == domain
+        table = pd.DataFrame(
+            {"user_id": pair.owner[mine], "parent_asin": pair.items[mine], "timestamp": pair.times[mine]}
+        )
+        table["parent_asin"] = letter + table["parent_asin"].astype(str)
+        if form == "inter":
+            table.columns = ["user_id:token", "item_id:token", "timestamp:float"]
+            table.to_csv(project / "shop" / f"{letter}.inter", sep="\t", index=False)
+        else:
+            table["timestamp"] *= 1000
+            table.assign(title="Good").to_json(project / "shop" / f"{letter}.jsonl.gz", orient="records", lines=True)
+    described = command("pairs", "shop")[1]
+    assert described.startswith("shop: 60 users, in time order; food: ")
+    code, out, _ = command("run", "--pair", "shop", "--set", "dim=8", "--set", "epochs=1", "--set", "negatives=8")
+    assert code == 0
+    assert out.startswith(described)
+    assert "test.b.full.ndcg@10" in out
+    columns = "columns={user: user_id, timestamp: time}"
+    assert "there is no column 'time'" in command("pairs", "shop", "--set", columns)[2]
 
 
 def test_results_of_an_empty_store_is_one_sentence(command: Command) -> None:

@@ -111,9 +111,10 @@ OTHER = {
     "schedule": "cosine", "published": ("shuffled_batches",), "gate_hidden": 9, "gca_norm": False, "track_test": True,
     "update": "noise", "evaluation_only": True, "cos_penalty": -0.5,
 }  # fmt: skip
+SPELT = {"pair": "another name", "columns": {"user": "who"}, "shared_ids": "drop"}
 
 
-@pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("pair", "model")])
+@pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("model", *SPELT)])
 def test_every_field_that_differs_makes_another_run(name: str) -> None:
     base = config(gca=(1,), model=READ_BY.get(name, ("abxi",))[0], schedule="plateau", update="parallel")
     now = getattr(base, name)
@@ -121,6 +122,36 @@ def test_every_field_that_differs_makes_another_run(name: str) -> None:
     changed = base.replace(**{name: value})
     assert run_id(changed, "data", 1) != run_id(base, "data", 1)
     assert run_id(changed.replace(**{name: now}), "data", 1) == run_id(base, "data", 1)
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_how_the_data_is_spelt_makes_no_other_run(name: str) -> None:
+    """The hash of the data speaks for it."""
+    assert run_id(config(**{name: SPELT[name]}), "data", 1) == run_id(config(), "data", 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gca", False),
+        ("gca", [True]),
+        ("heads", True),
+        ("seed", False),
+        ("lr", True),
+        ("hidden", False),
+        ("match", False),
+    ],
+)
+def test_truth_values_are_no_numbers(field: str, value: object) -> None:
+    """`gca: no` of a YAML file is false, which must not become `gca=(0,)`."""
+    with pytest.raises(ValidationError, match=rf"{field}\n.* true and false .in YAML also yes, no, on and off. mean"):
+        config(**{field: value})
+    with pytest.raises(ValidationError, match="mean nothing here"):
+        Profile(profile="x", seeds=[True])
+
+
+def test_seeds_given_twice_count_once() -> None:
+    assert len(Profile(profile="x", seeds=[0, 0, 1]).configs({}, {"gca": (0,)})) == 4
 
 
 def test_what_another_model_reads_is_refused() -> None:

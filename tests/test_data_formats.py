@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gcalib.data.formats import read_events, read_item_map, read_prepared, read_titles
+from gcalib.data.formats import read_item_map, read_prepared, read_sequences, read_titles
 from gcalib.data.pair import DataError, Pair
 from gcalib.data.sources import load_pair
 
@@ -24,13 +22,6 @@ GLOBAL = "0 1|100 5|100 2|300 4|400\n1 7|50 6|60 3|60 4|60 1|86400\nu2 2|1 4|2 3
 PER_DOMAIN = "0 1|-1 3|-1 2|-1 5|300 4|300 6|400\n1 2|-1 1|-1 3|-1 7|50 6|60 5|60 4|90\n"
 ONE_A = "u1 P1|10 P2|20 P3|30\nu2 P2|5 P1|5 P3|9 P4|9\nu3 P4|1\n"
 ONE_B = "u2 Q1|1 Q2|7 Q3|9\nu1 Q3|15 Q1|16 Q2|40 Q4|41\nu9 Q4|3 Q1|4\n"
-RATINGS = """\
-A2SUAM1J3GNN3B,B000000001,5.0,1300000000
-A2SUAM1J3GNN3B,0439893577,3.0,1200000000
-AABBCCDDEE,B000000001,1.0,1250000000
-A2SUAM1J3GNN3B,B00ZZZZZZ9,4,1200000000
-"""
-HEADER = "user_id,parent_asin,rating,timestamp\n"
 
 
 def write(folder: Path, **files: str | bytes | dict) -> Path:
@@ -101,6 +92,7 @@ BAD_LINES = {
     "2 1|5 4|soon 2|5\n": "'4|soon' cannot be used",
     "2 1|5 4|6.5 2|7\n": "'4|6.5' cannot be used",
     "2 1|5 4|99999999999999999999\n": "'4|99999999999999999999' cannot be used",
+    "2 1|5 4|1300000000000\n": "'4|1300000000000' cannot be used; .* times in whole unix seconds",
     "2 1|5|6 4|7\n": "'1|5|6' cannot be used",
     "2 |5 4|7\n": "'|5' cannot be used",
     "2  1|5 4|7\n": "'' cannot be used",
@@ -136,7 +128,7 @@ def test_prepared_out_of_order_inside_a_domain(tmp_path):
 def test_single_domain_sequences_out_of_order(tmp_path):
     folder = write(tmp_path, a_txt=ONE_A + "u5 P1|7 P2|6\n")
     with pytest.raises(DataError, match="a.txt, line 4: time goes back from 7 to 6"):
-        read_events(folder / "a.txt")
+        read_sequences(folder / "a.txt")
 
 
 def test_damaged_gzip_is_refused(tmp_path):
@@ -144,121 +136,21 @@ def test_damaged_gzip_is_refused(tmp_path):
     for data in (packed[:-10], packed[: len(packed) // 2], packed[:5], b"plain text", packed + b"tail"):
         path.write_bytes(data)
         with pytest.raises(DataError, match="events.txt.gz: is not a complete gzip file .*copy or download it again"):
-            read_events(path)
+            read_sequences(path)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"\n \n", "a.txt: is empty"),
-        (b"hello\n", "line 1: the line is neither `user item|timestamp ...` nor a comma-separated rating"),
+        (b"hello\n", "line 1: 'hello' cannot be used; a line reads `user item|timestamp item|timestamp ...`"),
         (b"u a|1\nu\xff b|2\n", "line 2: the line is not UTF-8 text"),
     ],
 )
 def test_text_that_is_no_events(tmp_path, data, message):
     write(tmp_path, a_txt=data)
     with pytest.raises(DataError, match=message.replace("|", "[|]")):
-        read_events(tmp_path / "a.txt")
-
-
-# --- Ratings --------------------------------------------------------------------------------------------------------
-
-READ = [
-    ("A2SUAM1J3GNN3B", "0439893577", 1_200_000_000),
-    ("A2SUAM1J3GNN3B", "B00ZZZZZZ9", 1_200_000_000),
-    ("A2SUAM1J3GNN3B", "B000000001", 1_300_000_000),
-    ("AABBCCDDEE", "B000000001", 1_250_000_000),
-]
-
-
-def rearranged(order: str, header: str = "", after: str = "") -> str:
-    """The ratings with their columns in another order."""
-    rows = [line.split(",") for line in RATINGS.splitlines()]
-    return header + "".join(",".join(row[int(place)] for place in order) + after + "\n" for row in rows)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        RATINGS,
-        rearranged("1023"),
-        HEADER + RATINGS,
-        rearranged("0123", HEADER, after="999"),
-        rearranged("01233", HEADER.strip() + ",history\n"),
-        rearranged("310", "Time,asin,reviewerID\n"),
-        "\ufeff\n" + HEADER + RATINGS.replace("\n", "\r\n"),
-        HEADER + RATINGS.replace("B00ZZZZZZ9", '"B00ZZZZZZ9"') + "\n",
-    ],
-    ids=[
-        "2014",
-        "2018",
-        "2014 with header",
-        "2023",
-        "2023 with history",
-        "few columns",
-        "BOM, blank line and CRLF",
-        "quoted",
-    ],
-)
-def test_ratings_of_every_edition(tmp_path, text):
-    events = read_events(write(tmp_path, r_csv=text) / "r.csv").sort_values("user", kind="stable")
-    assert list(events.itertuples(index=False, name=None)) == READ
-
-
-def test_ratings_columns_that_cannot_be_told_apart(tmp_path):
-    users_like_items = RATINGS.replace("A2SUAM1J3GNN3B", "A2SUAM1J3G")
-    with pytest.raises(DataError, match="both of the first two columns look .* state the order .*columns='user,item,"):
-        read_events(write(tmp_path, r_csv=users_like_items) / "r.csv")
-    with pytest.raises(DataError, match="neither of the first two columns looks like Amazon item ids"):
-        read_events(write(tmp_path, r_csv=RATINGS.replace("B000000001", "17")) / "r.csv")
-
-
-def test_ratings_with_stated_columns(tmp_path):
-    path = write(tmp_path, r_csv=rearranged("1023").replace("B000000001", "17")) / "r.csv"
-    events = read_events(path, "item,user,rating,timestamp")
-    assert set(events["item"]) == {"17", "0439893577", "B00ZZZZZZ9"}
-
-
-FAULTS = {
-    "A2SUAM1J3GNN3B,B000000002,5.0\n": "the line has 3 columns; 4 were expected",
-    "A2SUAM1J3GNN3B,B000000002,5.0,13,1\n": "the line has 5 columns; 4 were expected",
-    "A2SUAM1J3GNN3B,B000000002,5.0,\n": "'' is not a time in whole unix seconds or milliseconds",
-    "A2SUAM1J3GNN3B,B000000002,5.0,June\n": "'June' is not a time",
-    "A2SUAM1J3GNN3B,B000000002,5.0,-1\n": "'-1' is not a time",
-    "A2SUAM1J3GNN3B,B000000002,1300000000,5.0\n": "'1300000000' is not a rating from 0 to 5; if columns stand",
-    "A2SUAM1J3GNN3B,B000000002,good,1300000000\n": "'good' is not a rating",
-    "A2SUAM1J3GNN3B,,5.0,1300000000\n": "'' is not an id, which is neither empty nor holds white space",
-    "A2SUAM1J3GNN3B,B0000 0002,5.0,1300000000\n": "'B0000 0002' is not an id",
-    "A2SUAM1J3GNN3B,B0\00000002,5.0,1300000000\n": r"'B0\\x0000002' is not an id",
-    "A2SUAM1J3GNN3B,B000000002,5.0,1300000000000\n": "the time is in other units than in the lines before",
-}
-
-
-@pytest.mark.parametrize("line", FAULTS)
-def test_ratings_with_a_bad_line(tmp_path, line):
-    path = write(tmp_path, r_csv=RATINGS + "\n" + line + RATINGS) / "r.csv"
-    with pytest.raises(DataError, match=f"^{path}, line 6: {FAULTS[line]}"):
-        read_events(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "columns", "message"),
-    [
-        (HEADER, None, "r.csv: is not a readable file of ratings .there is no rating"),
-        ("user_id,rating,timestamp\nA,5.0,3\n", None, "line 1: the header names 0 item columns; it needs one, "),
-        ("user,asin,item_id,timestamp\nA,B,C,3\n", None, "line 1: the header names 2 item columns"),
-        ("user,item,timestamp,history\nA,B,3,\nC,B\n", None, "line 3: the line has 2 columns; 4 were expected"),
-        ("A2SUAM1J3GNN3B,B000000001,1300000000\n", None, "line 1: the line has 3 columns; without a header 4 were"),
-        ("A2SUAM1J3GNN3B,B000000001,130000000\n", "user,item,rating,timestamp", "line 1: the line has 3 columns; 4"),
-        (RATINGS, "user,item,rating", "columns='user,item,rating' must name user, item and timestamp once each"),
-        (RATINGS, "user,item,timestamp,user", "must name user, item and timestamp once each"),
-        (RATINGS, "user,item,timestamp,rating", "line 1: '5.0' is not a time in whole unix seconds"),
-        (RATINGS + 'A2SUAM1J3GNN3B,B000000002,5.0,"13\n', None, "line 5: '13.*' is not a time"),
-    ],
-)  # fmt: skip
-def test_ratings_with_bad_columns(tmp_path, text, columns, message):
-    with pytest.raises(ValueError, match=message):
-        read_events(write(tmp_path, r_csv=text) / "r.csv", columns)
+        read_sequences(tmp_path / "a.txt")
 
 
 # --- Item maps and titles -------------------------------------------------------------------------------------------
@@ -361,7 +253,7 @@ def plain_sequences(data: bytes) -> list[list[tuple[str, int]]] | None:
         lines = plain_text(data).removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         return None
-    if not all(re.fullmatch(r"[!-{}~]+( [!-{}~]+\|([0-9]{1,18}|-1))+", line) for line in lines):
+    if not all(re.fullmatch(r"[!-{}~]+( [!-{}~]+\|([0-9]{1,11}|-1))+", line) for line in lines):
         return None
     if len({line.split(" ")[0] for line in lines}) < len(lines):
         return None
@@ -408,29 +300,12 @@ def test_damaged_prepared_file_is_refused_or_read_as_it_stands(tmp_path, data):
 @FUZZ
 @given(data=damage(ONE_A))
 def test_damaged_sequences_are_refused_or_read_as_they_stand(tmp_path, data):
-    events = read_or_refuse(read_events, write(tmp_path, a_txt=data) / "a.txt")
+    events = read_or_refuse(read_sequences, write(tmp_path, a_txt=data) / "a.txt")
     rows = plain_sequences(data)
     fine = rows is not None and not any(backwards([time for _, time in row]) for row in rows)
     assert (events is not None) == fine
     if fine:
         assert list(zip(events["item"], events["time"], strict=True)) == sum(rows, [])
-
-
-@FUZZ
-@given(data=damage(RATINGS, HEADER + RATINGS))
-def test_damaged_ratings_are_refused_or_read_as_they_stand(tmp_path, data):
-    events = read_or_refuse(read_events, write(tmp_path, r_csv=data) / "r.csv")
-    if events is None:
-        return
-    rows = [row for row in csv.reader(io.StringIO(plain_text(data))) if "".join(row).strip()]
-    header = rows[0][3] == "timestamp"
-    rows = rows[int(header) :]
-    assert all(len(row) == 4 and re.fullmatch("[0-9]{1,18}", row[3]) and 0 <= float(row[2]) <= 5 for row in rows)
-    swapped = not header and all(re.fullmatch("[0-9A-Z]{10}", row[0]) for row in rows)
-    scale = 1000 if int(rows[0][3]) >= 100_000_000_000 else 1
-    plain = [(row[1], row[0]) if swapped else (row[0], row[1]) for row in rows]
-    plain = [(*ids, int(row[3]) // scale) for ids, row in zip(plain, rows, strict=True)]
-    assert list(events.itertuples(index=False, name=None)) == sorted(plain, key=lambda event: event[2])
 
 
 @FUZZ
@@ -454,15 +329,6 @@ def test_damaged_gzip_is_refused_or_read_as_it_stands(tmp_path, data):
     else:
         packed[at] ^= data.draw(st.integers(1, 255))
     (tmp_path / "a.txt.gz").write_bytes(packed)
-    events = read_or_refuse(read_events, tmp_path / "a.txt.gz")
+    events = read_or_refuse(read_sequences, tmp_path / "a.txt.gz")
     if events is not None:
         assert events["item"].tolist() == ["P1", "P2", "P3", "P2", "P1", "P3", "P4", "P4"]
-
-
-@pytest.mark.slow
-def test_ratings_of_two_million_lines_are_read_in_seconds(tmp_path):
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, 10**6, (2_000_000, 3))
-    lines = (f"A{u:013d},{i:010d},5.0,{1_300_000_000 + t}" for u, i, t in draws.tolist())
-    write(tmp_path, r_csv=HEADER + "\n".join(lines))
-    assert len(read_events(tmp_path / "r.csv")) == 2_000_000

@@ -78,7 +78,7 @@ def test_titles_beside_the_data_are_part_of_the_hash(tmp_path):
 
 def test_titles_twice_are_refused(tmp_path):
     folder = write(prepared(tmp_path / "x"), titles_json='{"A1": "salt"}', **{"titles.json_gz": gzip.compress(b"{}")})
-    with pytest.raises(DataError, match="holds both titles.json and titles.json.gz"):
+    with pytest.raises(DataError, match="x holds .*titles.json, titles.json.gz; .* with one file of titles at most"):
         load_pair(folder)
 
 
@@ -92,8 +92,8 @@ def test_folder_with_a_published_name_is_own_data(tmp_path):
         ("food-kichen", "'food-kichen' is neither a pair .synthetic, food-kitchen, .* nor a folder"),
         ("{0}/x/map_item.json", "is neither a pair .* nor a folder"),
         ("a.txt + b.txt + c.txt", "is neither a pair .* nor are they two files, 'a.csv . b.csv'"),
-        ("{0}/x", "x holds map_item.json; a pair is one text file with one map_item file, or two single-domain files"),
-        ("{0}/gone.txt + {0}/gone2.txt", "gone.txt: cannot be read .No such file or directory.; a data file was"),
+        ("{0}/x", "x holds map_item.json; a pair is one text file with one map_item file, or two files of events"),
+        ("{0}/gone.txt + {0}/gone2.txt", "gone.txt is missing; a file of events was expected there"),
     ],
 )
 def test_path_that_is_no_pair(tmp_path, path, message):
@@ -103,10 +103,10 @@ def test_path_that_is_no_pair(tmp_path, path, message):
 
 
 @pytest.mark.parametrize("pair", ["synthetic", "food-kitchen", "{0}"])
-def test_columns_are_for_ratings_only(tmp_path, pair):
+def test_columns_are_for_tables_only(tmp_path, pair):
     prepared(tmp_path)
-    with pytest.raises(ValueError, match="columns='user,item' is for ratings"):
-        load_pair(pair.format(tmp_path), columns="user,item")
+    with pytest.raises(ValueError, match="columns.* for tables"):
+        load_pair(pair.format(tmp_path), columns={"user": 0})
 
 
 def test_ratings_of_two_domains_count_what_is_dropped(tmp_path):
@@ -118,7 +118,7 @@ def test_ratings_of_two_domains_count_what_is_dropped(tmp_path):
     again = f"{users[0]},B000000001,5.0,{days}\n{users[0]},B000000001,4.0,{9 * days}\n"
     lonely = f"A9LONELYUSERXY,B000000001,5.0,{days}\n"
     folder = write(tmp_path / "x", a_csv="".join(ratings("B")) + again + lonely, b_csv="".join(ratings("C")))
-    pair = load_pair(folder, ties="published")
+    pair = load_pair(folder, ties="published", columns={"user": 0, "item": 1, "timestamp": 3})
     assert pair.sequence(1).tolist() == [1, 4, 2, 5, 3, 6]
     assert {name: number for name, number in pair.counts.items() if number} == {
         "duplicate_events": 1, "repeated_events": 1, "users_in_one_domain": 1, "tied_events": 12,

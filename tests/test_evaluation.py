@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from gcalib.alignment import cosine
 from gcalib.attention import record_activations
 from gcalib.config import RunConfig
+from gcalib.data.frames import pair_from_frames
 from gcalib.data.pair import Pair, SplitName
 from gcalib.data.synthetic import synthetic_pair
 from gcalib.evaluation import evaluate, recommend, score
@@ -124,6 +126,18 @@ def test_evaluate_leaves_out_a_protocol_with_too_few_items() -> None:
     found = evaluate(model_of(), PAIR, "val", alignment=False)  # a domain has 160 items
     assert any(".s100." in key for key in found)
     assert not any("s999" in key for key in found)
+
+
+def test_evaluate_leaves_out_who_has_every_item_and_counts_them() -> None:
+    """The target has nothing to be ranked against; that of the others is ranked as ever."""
+    a = pd.DataFrame({"user": list("pqrspq"), "item": list("xxxyyy"), "timestamp": [9, 9, 9, 9, 8, 8]})
+    b = pd.DataFrame([(user, f"b{n}", n) for user in "pqrs" for n in range(4)], columns=a.columns)
+    pair = pair_from_frames(a, b, min_per_domain=1)
+    model = build_model(RunConfig(pair="synthetic", model="popularity"), pair)
+    found = evaluate(model, pair, "test")
+    assert (found["a.targets"], found["a.targets_without_other_items"]) == (2, 2)
+    assert found["b.targets"] == 0
+    assert 0 < found["a.full.mrr"] <= 1
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,7 +14,8 @@ import gcalib.experiments
 import gcalib.store
 from gcalib.config import Profile, RunConfig, run_id
 from gcalib.data import sources
-from gcalib.data.pair import DataError
+from gcalib.data.pair import DataError, NoDataError
+from gcalib.data.sources import load_pair
 from gcalib.evaluation import evaluate, score
 from gcalib.experiments import DRAWS, load_model, pair_of, run, run_grid
 from gcalib.models.matching import build_model
@@ -148,12 +150,46 @@ def test_stored_run_is_found_without_the_data(tmp_path: Path, monkeypatch: pytes
     stored = run(counted(), tmp_path)
 
     def missing(*_: object, **__: object) -> None:
-        raise DataError("no such file")
+        raise NoDataError("no such file")
 
     monkeypatch.setattr(gcalib.experiments, "_pair", missing)
     assert run(counted(), tmp_path) == stored
     with pytest.raises(DataError, match="no such file"):
         run(counted(max_length=9), tmp_path)
+
+
+def own_data(folder: Path, users: int = 60) -> Path:
+    """Two tables of a small pair, in a folder that is returned."""
+    pair = load_pair(f"synthetic:num_users={users},items_a=60,items_b=60")
+    folder.mkdir(parents=True, exist_ok=True)
+    for letter, domain in (("a", 0), ("b", 1)):
+        mine = pair.domain_of(pair.items) == domain
+        table = pd.DataFrame({"user": pair.owner[mine], "item": pair.items[mine], "timestamp": pair.times[mine]})
+        table.assign(item=letter + table["item"].astype(str)).to_csv(folder / f"{letter}.csv", index=False)
+    return folder
+
+
+def test_files_that_became_bad_are_refused(tmp_path: Path) -> None:
+    """Bad data is not missing data: a stored run of what the files were says nothing of what they are."""
+    folder = own_data(tmp_path / "shop")
+    config = counted().replace(pair=str(folder))
+    run(config, tmp_path / "store")
+    with open(folder / "a.csv", "a") as file:
+        file.write("u,i,soon\n")
+    with pytest.raises(DataError, match="the time 'soon' is not a time"):
+        run(config, tmp_path / "store")
+
+
+def test_files_that_changed_are_another_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_data(tmp_path / "one" / "shop")
+    config = counted().replace(pair="shop")
+    monkeypatch.chdir(tmp_path / "one")
+    first = run(config, tmp_path / "store")
+    own_data(tmp_path / "one" / "shop", users=50)
+    assert run(config, tmp_path / "store")["run_id"] != first["run_id"]
+    own_data(tmp_path / "two" / "shop")
+    monkeypatch.chdir(tmp_path / "two")  # the same relative path is another folder
+    assert run(config, tmp_path / "store")["run_id"] == first["run_id"]
 
 
 def test_committed_runs_ask_for_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

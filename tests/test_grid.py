@@ -25,7 +25,7 @@ import yaml
 import gcalib.experiments
 from gcalib.cluster import run_in_processes
 from gcalib.config import RunConfig, run_id
-from gcalib.data.pair import DataError
+from gcalib.data.pair import NoDataError
 from gcalib.experiments import GridError, pair_of, plan, run_grid
 from gcalib.store import RESULTS_VERSION, RunStore, load_results, record_sha256
 from gcalib.training import fit
@@ -221,7 +221,7 @@ def test_grid_without_the_data_fetches_what_is_stored(serial: Path, monkeypatch:
 
     def missing(*_: object, download: bool, **__: object) -> None:
         asked.append(download)
-        raise DataError("no such file")
+        raise NoDataError("no such file")
 
     monkeypatch.setattr(gcalib.experiments, "_pair", missing)
     assert run_grid(CONFIGS, serial)["seed"].tolist() == [0, 1, 2]

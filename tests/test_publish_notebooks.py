@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from gcalib.config import RunConfig
 from gcalib.publish.notebooks import Outcome, execute, faults, notebooks, write_index
+from gcalib.publish.site import write_site
 from gcalib.store import RESULTS_VERSION, RunStore, load_results
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,13 @@ def change_profile(project: Path) -> None:
     (project / "params" / "tiny.yaml").write_text("pair: synthetic\nseeds: [3]\n")
 
 
+def change_output(project: Path) -> None:
+    path = project / "notebooks" / "01_works.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells[-1].outputs = [nbformat.v4.new_output("stream", text="all is well")]
+    nbformat.write(book, path)
+
+
 def change_record(project: Path) -> None:
     RunStore(project / "results").put({**RECORD, "test.a.full.ndcg@10": 0.5}, [{"epoch": 0.0}])
 
@@ -142,6 +150,7 @@ def change_record(project: Path) -> None:
     [
         (change_source, "its cells changed since it was executed."),
         (change_profile, "its profile changed since it was executed."),
+        (change_output, "its outputs were edited."),
         (change_record, "the records it used changed or are gone."),
     ],
 )
@@ -170,6 +179,7 @@ def test_check_finds_bad_cells(path: Path, no_kernel: Callable[..., None]) -> No
         "an output went to stderr.",
         "its cells changed since it was executed.",
         "its profile changed since it was executed.",
+        "its outputs were edited.",
         "it has 309 KB, more than 300.",
         "half of its code cells have more than 6 lines.",
         "more than a tenth of its code cells have 18 lines or more.",
@@ -197,6 +207,13 @@ def test_resume_keeps_nothing_half_done(project: Path, path: Path, no_kernel: Ca
     (out / "01_works.html").unlink()
     assert run(path, out, "tiny", resume=True).status == "executed"
     assert run(path, out, "other", resume=True).status == "executed"
+
+
+def test_notebook_with_marks_of_a_merge_conflict_is_named(project: Path, path: Path) -> None:
+    path.write_text("<<<<<<< HEAD\n" + path.read_text())
+    for use in (faults, run, lambda path: write_site([path], project / "site")):
+        with pytest.raises(ValueError, match="01_works.ipynb is not a notebook: "):
+            use(path)
 
 
 def test_unknown_notebook_is_named(project: Path) -> None:

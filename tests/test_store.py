@@ -104,6 +104,24 @@ def test_copy_under_another_name_counts_once(store: RunStore) -> None:
     assert len(store.names()) == len(load_results(store.folder)) == store.compact() == 3
 
 
+def test_copy_that_looks_like_a_run_is_named(store: RunStore) -> None:
+    """What a file holds counts, not what it is called: merging must not make one run two."""
+    name = store.names()[0]
+    copy = store.path("runs", "0123456789abcdef")
+    copy.write_bytes(store.path("runs", name).read_bytes())
+    for read in (lambda: load_results(store.folder), store.compact):
+        with pytest.raises(
+            ValueError, match=f"0123456789abcdef.json cannot be read .it is a copy of run {name}.: delete"
+        ):
+            read()
+
+
+def test_table_that_holds_no_runs_is_named(store: RunStore) -> None:
+    pd.DataFrame({"x": [1]}).to_parquet(store.folder / "records.parquet")
+    with pytest.raises(ValueError, match="records.parquet cannot be read .it is not a table of runs"):
+        load_results(store.folder)
+
+
 def test_config_is_found_without_its_data(store: RunStore) -> None:
     for place in ("new", "merged"):
         runs = RunStore(store.folder)

@@ -1,12 +1,8 @@
-"""Readers of data files: events of one domain, prepared pairs with their item maps, titles.
+"""Readers of the published forms: sequences (`user item|timestamp ...`, in time order), item maps and titles.
 
 Every file may be plain or gzipped. What cannot be used is a `DataError` that reads `file, line n: what is wrong, and
 what would be right`. Events come as a table with the columns `user`, `item`, `time` (unix seconds, -1 where unknown),
-one row an event, each user's rows in order. Sequences (`user item|timestamp ...`, in time order) and ratings are told
-apart by the first line. Ratings are those of the Amazon releases: without a header in 2014 and 2018, times in seconds;
-with one in 2023 (further columns allowed), times in milliseconds, which are cut to seconds.
-
-A well-formed file is parsed by pandas and checked column by column; only one with a fault is walked line by line.
+one row an event, each user's rows in order. Tables of ratings are read in `gcalib.data.frames`.
 """
 
 from __future__ import annotations
@@ -17,8 +13,7 @@ import html
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from reprlib import repr as short  # of a value in an error
 from typing import Any, Literal
@@ -31,26 +26,9 @@ from gcalib.data.pair import DataError
 from gcalib.data.prepare import Events
 
 WORD = r"[!-{}~]+"  # printable ASCII without space and bar
-EVENT = re.compile(rf"{WORD}\|([0-9]{{1,18}}|-1)")  # longer numbers do not fit int64
+EVENT = re.compile(rf"{WORD}\|([0-9]{{1,11}}|-1)")  # longer numbers are milliseconds
 SEQUENCE = re.compile(rf"{WORD}( {EVENT.pattern})+")
 SEQUENCE_FORM = "a line reads `user item|timestamp item|timestamp ...`, times in whole unix seconds, -1 where unknown"
-
-ROLES = {  # of columns, and their names in headers
-    "user": ("user", "user_id", "reviewerid", "reviewer_id"),
-    "item": ("item", "item_id", "parent_asin", "asin"),
-    "rating": ("rating", "overall", "score"),
-    "timestamp": ("timestamp", "time", "unixreviewtime"),
-}
-EXAMPLE = "columns='user,item,rating,timestamp'"
-ID = r"[^\s\x00-\x1f]+", "an id, which is neither empty nor holds white space"
-FIELDS = {  # what a field of a role looks like, and how that is said
-    "user": ID,
-    "item": ID,
-    "rating": (r"[0-4](\.[0-9]+)?|5(\.0+)?", f"a rating from 0 to 5; if columns stand otherwise, state it: {EXAMPLE}"),
-    "timestamp": (r"[0-9]{1,18}", "a time in whole unix seconds or milliseconds"),
-}
-ITEM_ID = r"[0-9A-Z]{10}"  # an Amazon item id; not every user id looks like that
-MILLISECONDS = 100_000_000_000  # as seconds, the year 5138; as milliseconds, 1973
 
 
 def fault(path: Path, line: int | None, what: str) -> DataError:
@@ -82,20 +60,11 @@ def read_text(path: Path) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-def read_events(path: Path, columns: str | None = None) -> pd.DataFrame:
-    """Events of one domain, sequences or ratings, with raw ids.
-
-    `columns` is the order of the columns of ratings without a header; None tells it from the data, or refuses.
-    """
-    text = read_text(path)
-    first = text.lstrip().partition("\n")[0]
-    if "|" in first:
-        users, line, item, time = _read_sequences(path, text)
-        _check_order(path, line, line, time)
-        return pd.DataFrame({"user": users[line], "item": item, "time": time})
-    if "," in first:
-        return _read_ratings(path, text, columns)
-    raise fault(path, 1, "the line is neither `user item|timestamp ...` nor a comma-separated rating.")
+def read_sequences(path: Path) -> pd.DataFrame:
+    """Events of one domain, with raw ids."""
+    users, line, item, time = _read_sequences(path, read_text(path))
+    _check_order(path, line, line, time)
+    return pd.DataFrame({"user": users[line], "item": item, "time": time})
 
 
 def read_prepared(path: Path, map_path: Path) -> Events:
@@ -152,72 +121,6 @@ def _refuse(path: Path, line: np.ndarray, bad: np.ndarray, what: Callable[[int],
     """Raise the fault of the first bad event, if there is one."""
     if bad.any():
         raise fault(path, 1 + int(line[bad.argmax()]), what(int(bad.argmax())))
-
-
-def _read_ratings(path: Path, text: str, columns: str | None) -> pd.DataFrame:
-    names, header = _columns(path, text, columns)
-    try:
-        table = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False)
-        table = table.set_axis(names, axis="columns").iloc[int(header) :]
-        fits = [len(table) > 0, *(table[name].str.fullmatch(FIELDS[name][0]).all() for name in names if name in FIELDS)]
-        trouble = "" if all(fits) else "there is no rating"
-    except ValueError as error:  # the parser's, or another number of columns
-        trouble = " ".join(str(error).split())
-    if trouble:
-        _find_fault(path, text, names, header)
-        raise fault(path, None, f"is not a readable file of ratings ({trouble}).")
-    if not header and columns is None:
-        looks = [bool(table[name].str.fullmatch(ITEM_ID).all()) for name in ("user", "item")]
-        if looks[0] == looks[1]:
-            what = "both of the first two columns look" if looks[0] else "neither of the first two columns looks"
-            what += " like Amazon item ids, so users and items cannot be told apart"
-            raise fault(path, None, f"{what}; give the file a header, or state the order of its columns: {EXAMPLE}.")
-        table = table.rename(columns={"user": "item", "item": "user"} if looks[0] else {})
-    time = table["timestamp"].astype(np.int64).to_numpy()
-    late = time >= MILLISECONDS
-    if late.any() and not late.all():
-        line, _ = next(islice(_rows(text), int(header) + int((late != late[0]).argmax()), None))
-        raise fault(path, line, "the time is in other units than in the lines before; use seconds or milliseconds.")
-    table = table[["user", "item"]].assign(time=time // 1000 if late.any() else time)
-    return table.sort_values("time", kind="stable")
-
-
-def _columns(path: Path, text: str, columns: str | None) -> tuple[list[str], bool]:
-    """Names of the columns, and whether line 1 is a header."""
-    first = [field.strip().lower() for field in next(_rows(text))[1]]
-    header = any(field in ROLES["timestamp"] for field in first)
-    if header:
-        names = [next((role for role, known in ROLES.items() if field in known), field) for field in first]
-        for role, known in ROLES.items():
-            if names.count(role) > 1 or (role != "rating" and role not in names):
-                what = f"the header names {names.count(role)} {role} columns; it needs one, named {' or '.join(known)}."
-                raise fault(path, 1, what)
-    elif columns is not None:
-        names = [name.strip() for name in columns.split(",")]
-        if any(names.count(role) != 1 for role in ("user", "item", "timestamp")) or names.count("rating") > 1:
-            raise ValueError(f"columns={columns!r} must name user, item and timestamp once each, as in {EXAMPLE}.")
-    else:
-        names = list(ROLES)  # or the first two the other way round, which the data must tell
-        if len(first) != 4:
-            what = f"the line has {len(first)} columns; without a header 4 were expected, or state"
-            raise fault(path, 1, f"{what} their order: {EXAMPLE}.")
-    return [name if name in FIELDS else f"further {place}" for place, name in enumerate(names)], header
-
-
-def _rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each row of comma-separated text, blank lines passed over, as pandas does."""
-    reader = csv.reader(io.StringIO(text))
-    return ((reader.line_num, row) for row in reader if len(row) > 1 or "".join(row).strip())
-
-
-def _find_fault(path: Path, text: str, names: list[str], header: bool) -> None:
-    """Walk the rows of ratings and raise the first fault, if there is one."""
-    for line, fields in islice(_rows(text), int(header), None):
-        if len(fields) != len(names):
-            raise fault(path, line, f"the line has {len(fields)} columns; {len(names)} were expected.")
-        for name, value in zip(names, fields, strict=True):
-            if name in FIELDS and not re.fullmatch(FIELDS[name][0], value):
-                raise fault(path, line, f"{short(value)} is not {FIELDS[name][1]}.")
 
 
 def read_item_map(path: Path) -> tuple[np.ndarray, tuple[int, int]]:

@@ -4,13 +4,14 @@ Published pairs (`pairs.yaml`) are read from the folder named by the environment
 from the user's cache, into which pooch downloads what is public. Every file is checked against its hash before it is
 parsed.
 
-What the path of one's own data may hold is said in docs/own_data.md. Other files in such a folder are passed over.
+One's own data is read in `gcalib.data.frames`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +21,11 @@ import requests
 import yaml
 from pydantic import TypeAdapter
 
-from gcalib.data.formats import fault, read_bytes, read_events, read_prepared, read_titles
-from gcalib.data.pair import DataError, NoDataError, Pair, Titles
-from gcalib.data.prepare import Options, finish, match
+from gcalib.data.formats import fault, read_bytes, read_prepared, read_sequences
+from gcalib.data.frames import Columns, files_of, pair_from_files
+from gcalib.data.pair import DataError, NoDataError, Pair
+from gcalib.data.prepare import STEPS, Options, finish, match
 from gcalib.data.synthetic import parse_name, synthetic_pair
-
-SUFFIXES = (".txt", ".csv", ".txt.gz", ".csv.gz")
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ PAIRS = TypeAdapter(dict[str, Published]).validate_python(yaml.safe_load(_TEXT))
 
 
 def load_pair(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Sequence[str | Path],
     *,
     ties: str = "shuffle",
     max_length: int = 50,
     min_per_domain: int | None = None,
-    columns: str | None = None,
+    min_events_per_item: int = 1,
+    columns: Columns | None = None,
+    shared_ids: str | None = None,
     download: bool = True,
 ) -> Pair:
     """Load a pair of domains.
@@ -68,8 +70,8 @@ def load_pair(
     ----------
     name_or_path
         "synthetic", with options if wanted ("synthetic:novelty=1.0,seed=3", see `synthetic_pair`); a published pair,
-        such as "food-kitchen" (`python -m gcalib pairs` lists them); or a path to one's own data, a folder or two
-        files, "a.csv + b.csv" (`gcalib.data.sources`).
+        such as "food-kitchen" (`python -m gcalib pairs` lists them); or the path of one's own data: a folder, two
+        files, or "a.csv + b.csv" (docs/own_data.md).
     ties
         Order of a user's events at equal times: "shuffle" at random, or "published", the order of the file (where A
         precedes B within a day, and ids ascend: an artefact that a model can learn).
@@ -78,12 +80,18 @@ def load_pair(
     min_per_domain
         Events that every user must have in each domain in the end; by default 3, as in the published cuts, for
         single-domain files and per-domain order, else 1. With 0 users active in one domain only are let in.
+    min_events_per_item
+        Events that every item must have in the end.
     columns
-        Order of the columns of ratings without a header, such as "item,user,rating,timestamp".
+        Columns of tables of one's own: `{"user": "reviewerID", "item": "asin", "timestamp": "unixReviewTime"}`, and
+        "title" if there is one; in a file without a header their numbers, from 0. Usual names are known.
+    shared_ids
+        Whether an item id that both domains have is one item, which is left out ("drop"), or two ("distinct"). It must
+        be said where all ids are numbers; otherwise such items are left out.
     download
         Whether a public file that is missing may be fetched.
 
-    What was dropped is counted in `Pair.counts`; `gcalib.data.prepare` explains the steps.
+    What was dropped is counted in `Pair.counts`, as `gcalib.data.prepare.STEPS` explains.
 
     Raises
     ------
@@ -92,61 +100,30 @@ def load_pair(
     ValueError
         For an option out of range.
     """
-    options, name = Options(ties, max_length, min_per_domain), str(name_or_path)
+    options, name = Options(ties, max_length, min_per_domain, min_events_per_item, shared_ids), str(name_or_path)
     built_in = name.partition(":")[0] == "synthetic"
-    if columns is not None and (built_in or name in PAIRS):
-        raise ValueError(f"columns={columns!r} is for ratings files; {name} has none.")
+    if (columns or shared_ids) and (built_in or name in PAIRS):
+        raise ValueError(f"columns and shared_ids are for tables of one's own; {name} needs neither.")
     if built_in:
         return synthetic_pair(**parse_name(name), name=name, options=options)
     if name not in PAIRS:
-        return _read_path(name_or_path, options, columns)
+        return pair_from_files(name_or_path, options, columns, known=("synthetic", *PAIRS))
     domains, extra = PAIRS[name].domains, PAIRS[name].one_domain_users
     first, second = (locate(source, name, download) for source in PAIRS[name].files)
     if extra is None:
         return finish(read_prepared(first, second), name, domains, options)
     options = replace(options, min_per_domain=min_per_domain or 0)
-    return finish(match(read_events(first), read_events(second), extra), name, domains, options)
+    return finish(match(read_sequences(first), read_sequences(second), extra), name, domains, options)
 
 
-def _read_path(path: str | Path, options: Options, columns: str | None) -> Pair:
-    """A pair from a folder, or from two files joined by a plus sign."""
-    text, folder = str(path), Path(path)
-    item_maps: list[Path] = []
-    if folder.is_dir():
-        files, name = sorted(file for file in folder.glob("[!.]*") if file.is_file()), folder.resolve().name
-        item_maps = [file for file in files if "map_item" in file.name]
-        events = [file for file in files if file.name.endswith(SUFFIXES) and "map_" not in file.name]
-        if (len(item_maps), len(events)) not in ((1, 1), (0, 2)):
-            found = ", ".join(file.name for file in files) or "nothing"
-            wanted = "one text file with one map_item file, or two single-domain files (or name them: 'a.txt + b.txt')"
-            raise DataError(f"{folder} holds {found}; a pair is {wanted}.")
-    elif text.count("+") == 1:
-        events = [Path(part.strip()) for part in text.split("+")]
-        folder, name = events[0].parent, "-".join(_stem(file) for file in events)
-    else:
-        known = ", ".join(("synthetic", *PAIRS))
-        raise DataError(f"{text!r} is neither a pair ({known}) nor a folder, nor are they two files, 'a.csv + b.csv'.")
-    if item_maps:
-        if columns is not None:
-            raise ValueError(f"columns={columns!r} is for ratings; {folder} holds a prepared pair.")
-        first, _, second = name.partition("-")
-        domains = (first, second) if first and second and "-" not in second else ("a", "b")
-        read = read_prepared(events[0], item_maps[0])
-    else:
-        domains = _stem(events[0]), _stem(events[1])
-        a, b = (read_events(file, columns) for file in events)
-        read = match(a, b, None if options.min_per_domain == 0 else 0)
-    files = [file for end in ("json", "json.gz") if (file := folder / f"titles.{end}").is_file()]
-    if len(files) == 2:
-        raise DataError(f"{folder} holds both titles.json and titles.json.gz; one file of titles was expected.")
-    titles = Titles(read_titles(files[0]), from_file=True) if files else None
-    # by a published name, one's own data would be given the published texts
-    return finish(read, f"{name} (own data)" if name in PAIRS else name, domains, options, titles)
-
-
-def _stem(path: Path) -> str:
-    """Name of a domain: "sports_5core" of `sports_5core.txt.gz`."""
-    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+def stamp(name_or_path: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Files of a pair, each with its size and the time of its last change: what is read again once this differs."""
+    name = str(name_or_path)
+    if name.partition(":")[0] == "synthetic":
+        return ()
+    paths = map(place, PAIRS[name].files) if name in PAIRS else files_of(name_or_path)
+    found = [path.resolve() for path in paths if path.is_file()]
+    return tuple((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in found)
 
 
 def cache() -> Path:
@@ -154,10 +131,15 @@ def cache() -> Path:
     return Path(pooch.os_cache("gcalib"))
 
 
+def place(source: Source) -> Path:
+    """Where a published file is looked for."""
+    data = os.environ.get("GCALIB_DATA")
+    return Path(data) / source.path if data else cache() / source.path.removesuffix(".gz")
+
+
 def locate(source: Source, pair: str, download: bool = True, verify: bool = True) -> Path:
     """The path of a published file, its hash checked; `NoDataError` if it is missing and cannot be downloaded."""
-    data = os.environ.get("GCALIB_DATA")
-    path = Path(data) / source.path if data else cache() / source.path.removesuffix(".gz")
+    data, path = os.environ.get("GCALIB_DATA"), place(source)
     if not data and source.url and download:
         _download(source, path)
     if not path.is_file():
@@ -216,3 +198,12 @@ def statistics(pair: Pair) -> dict[str, int]:
     names = ("users", "items_a", "items_b", "events_a", "events_b", "has_global_order")
     numbers = (pair.num_users, *pair.num_items, *pair.num_interactions, pair.has_global_order)
     return dict(zip(names, numbers, strict=True))
+
+
+def summary(pair: Pair) -> str:
+    """Size of a pair, and what was dropped on the way to it and why, in lines."""
+    users, order = f"{pair.num_users:,} users", "in time order" if pair.has_global_order else "in order in each domain"
+    sizes = zip(pair.domains, pair.num_items, pair.num_interactions, strict=True)
+    domains = "; ".join(f"{name}: {items:,} items, {events:,} events" for name, items, events in sizes)
+    lines = [f"{number:9,} {key}: {STEPS[key]}" for key, number in pair.counts.items() if number]
+    return "\n".join([f"{pair.name}: {users}, {order}; {domains}", *lines])

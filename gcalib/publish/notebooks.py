@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from gcalib.config import Profile
-from gcalib.publish.site import Page, write_page
+from gcalib.publish.site import Page, read_notebook, write_page
 from gcalib.store import RunStore, record_sha256
 
 FOLDER = Path("notebooks")
@@ -75,7 +75,7 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None, *, res
     resume
         With `out`: keep an executed copy whose source, profile and records are unchanged.
     """
-    pages = [Page(path.stem, nbformat.read(path, as_version=4)) for path in paths]
+    pages = [Page(path.stem, read_notebook(path)) for path in paths]
     for path, source in zip(paths, (page.notebook for page in pages), strict=True):
         started = time.perf_counter()
         if resume and out is not None and _up_to_date(path.stem, out, source, profile):
@@ -83,7 +83,7 @@ def execute(paths: Sequence[Path], out: Path | None, profile: str | None, *, res
             continue
         executed, runs, error = _run(path, {"profile": profile} if profile else {})
         if error is None:
-            executed.metadata["gcalib"] = _provenance(source, profile, runs)
+            executed.metadata["gcalib"] = _provenance(source, profile, runs) | _outputs(executed)
         if out is not None:
             write_page(Page(path.stem, executed), out, pages)
             nbformat.write(executed, out / path.name)  # last: its metadata speaks for the HTML too
@@ -133,6 +133,10 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def _outputs(executed: NotebookNode) -> dict[str, str]:
+    return {"outputs_sha256": _sha256([cell.get("outputs") for cell in executed.cells])}
+
+
 def _provenance(source: NotebookNode, profile: str | None, runs: Collection[str]) -> dict[str, Any]:
     """What a notebook that used these runs says of itself; `profile` None is the one it names."""
     cells = "\n".join(cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", []))
@@ -153,16 +157,17 @@ def _provenance(source: NotebookNode, profile: str | None, runs: Collection[str]
 def _up_to_date(name: str, out: Path, source: NotebookNode, profile: str | None) -> bool:
     """Whether an executed copy is complete, and all that it came from is as it was."""
     try:
-        written = nbformat.read(out / f"{name}.ipynb", as_version=4).metadata.get("gcalib")
+        copy = nbformat.read(out / f"{name}.ipynb", as_version=4)
+        written = copy.metadata.get("gcalib")
     except (OSError, ValueError):  # there is no copy, or half of one
         return False
     there = written and (out / f"{name}.html").exists()
-    return bool(there and written == _provenance(source, profile, written["runs"]))
+    return bool(there and written == _provenance(source, profile, written["runs"]) | _outputs(copy))
 
 
 def faults(path: Path) -> list[str]:
     """What keeps a committed notebook from being fit to read, one sentence each; empty if nothing does."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read_notebook(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     outputs = [output for cell in code for output in cell.outputs]
     lines = [len(cell.source.splitlines()) for cell in code] or [0]
@@ -178,6 +183,7 @@ def faults(path: Path) -> list[str]:
         "an output went to stderr": any(output.get("name") == "stderr" for output in outputs),
         "its cells changed since it was executed": written.get("source_sha256") != now["source_sha256"],
         "its profile changed since it was executed": written.get("profile_sha256") != now["profile_sha256"],
+        "its outputs were edited": written.get("outputs_sha256") != _outputs(notebook)["outputs_sha256"],
         "the records it used changed or are gone": written.get("results_sha256") != now["results_sha256"],
         f"it has {size:.0f} KB, more than {MAX_KB}": size > MAX_KB,
         f"half of its code cells have more than {MAX_MEDIAN_LINES} lines": statistics.median(lines) > MAX_MEDIAN_LINES,

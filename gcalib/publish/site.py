@@ -92,6 +92,14 @@ def _mathml(tex: str, display: str) -> str:
     return _PRIME.sub(r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>', math)
 
 
+def read_notebook(path: Path) -> NotebookNode:
+    """A notebook; ValueError, which names the file, if it is none (as one with the marks of a merge conflict)."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a notebook: {str(error).splitlines()[0][:80]}") from None
+
+
 def to_html(page: Page, pages: Sequence[Page] = ()) -> str:
     """One self-contained page; `pages` are those of the site in order, for the navigation and for links."""
     renderer = _Renderer({one.name for one in pages})
@@ -130,7 +138,7 @@ def write_page(page: Page, out: Path, pages: Sequence[Page] = ()) -> Path:
 
 def write_site(paths: Sequence[Path], out: Path) -> Path:
     """Write the page of each notebook, and the front page `index.html`, whose path is returned; execute nothing."""
-    pages = [Page(path.stem, nbformat.read(path, as_version=4)) for path in paths]
+    pages = [Page(path.stem, read_notebook(path)) for path in paths]
     return [write_page(page, out, pages) for page in (*pages, _front(pages))][-1]
 
 
