@@ -170,7 +170,8 @@ def test_check_finds_bad_cells(path: Path, no_kernel: Callable[..., None]) -> No
     book.cells[3].execution_count = 7
     book.cells[3].outputs = [nbformat.v4.new_output("stream", name="stderr", text="x" * 312_000)]
     book.cells[5].outputs = [nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])]
-    book.cells += [new_code_cell("a = 1\n" * 18, execution_count=None) for _ in range(6)]
+    book.cells += [new_code_cell('display(Markdown(f"{x} is"))' + " " * 99)]
+    book.cells += [new_code_cell("a = 1\n" * 13, execution_count=None) for _ in range(6)]
     nbformat.write(book, path)
     assert [fault.removeprefix("01_works.ipynb: ") for fault in faults(path)] == [
         "it has no cell tagged 'parameters'.",
@@ -181,8 +182,10 @@ def test_check_finds_bad_cells(path: Path, no_kernel: Callable[..., None]) -> No
         "its profile changed since it was executed.",
         "its outputs were edited.",
         "it has 309 KB, more than 300.",
-        "half of its code cells have more than 6 lines.",
-        "more than a tenth of its code cells have 18 lines or more.",
+        "half of its code cells have more than 5 lines.",
+        "more than a tenth of its code cells have 13 lines or more.",
+        "a line of code has more than 100 characters.",
+        "a code cell builds sentences.",
         "code cells follow each other without prose.",
     ]
 

@@ -27,8 +27,10 @@ from gcalib.store import RunStore, record_sha256
 
 FOLDER = Path("notebooks")
 MAX_KB = 300
-MAX_MEDIAN_LINES = 6
-LONG_CELL = 18  # lines; a tenth of the code cells may have as many
+MAX_MEDIAN_LINES = 5
+LONG_CELL = 13  # lines; a tenth of the code cells may have as many
+MAX_COLUMNS = 100
+SENTENCE = re.compile(r"(?:Markdown|print)\(f?[\"']")  # a cell that writes prose
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,10 @@ def faults(path: Path) -> list[str]:
         f"more than a tenth of its code cells have {LONG_CELL} lines or more": (
             sum(count >= LONG_CELL for count in lines) > len(lines) / 10
         ),
+        f"a line of code has more than {MAX_COLUMNS} characters": any(
+            len(line) > MAX_COLUMNS for cell in code for line in cell.source.splitlines()
+        ),
+        "a code cell builds sentences": any(SENTENCE.search(cell.source) for cell in code),
         "code cells follow each other without prose": prose < 0.6 * len(code),
     }
     return [f"{path.name}: {sentence}." for sentence, wrong in checks.items() if wrong]
