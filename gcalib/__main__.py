@@ -35,16 +35,18 @@ def _fields(settings: list[str] | None) -> dict[str, Any]:
 def pairs(
     path: Annotated[str | None, typer.Argument(help="of one pair, or its name: what was read and dropped")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="an argument of load_pair, e.g. columns='{user: 0, item: 1}'")
+        list[str] | None, typer.Option("--set", help="a field of RunConfig, e.g. columns='{user: 0, item: 1}'")
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the public files that are missing")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the hashes of the files")] = False,
 ) -> None:
     """List the pairs: where their files are, and how large they are; or say what is in one of them."""
-    from gcalib.data.sources import load_pair, report, summary
+    from gcalib.data.sources import report, summary
 
     if path is not None:
-        typer.echo(summary(load_pair(path, **_fields(setting))))
+        from gcalib.experiments import pair_of
+
+        typer.echo(summary(pair_of(RunConfig(**{"pair": path, **_fields(setting)}))))
         return
     frame = report(download=download, verify=verify)
     typer.echo(frame.drop(columns="problem").dropna(axis="columns", how="all").to_string(index=False))

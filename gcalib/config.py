@@ -9,6 +9,7 @@ import hashlib
 import json
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -41,7 +42,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
-    """A model whose numbers may not be written as truth values: YAML reads `no` as false, and pydantic that as 0."""
+    """Settings whose numbers may not be truth values: YAML reads `no` as false, and pydantic that as 0."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -56,12 +57,8 @@ class RunConfig(Settings, frozen=True):
     """Everything that decides the figures of one training run.
 
     Where records are stored and how many workers train are arguments of `run` and `run_grid` instead. Defaults are
-    the settings of the study, not those of any published code.
-
-    Raises
-    ------
-    pydantic.ValidationError
-        For an unknown field or a value out of range; the message names the field.
+    the settings of the study, not those of any published code. An unknown field, or a value out of range, is a
+    `pydantic.ValidationError` that names the field.
     """
 
     # data
@@ -117,7 +114,11 @@ class RunConfig(Settings, frozen=True):
     @field_validator("columns", mode="before")
     @classmethod
     def _as_json(cls, value: Any) -> Any:
-        return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+        with suppress(ValueError, TypeError):
+            value = json.loads(value)
+        if not isinstance(value, dict | None):
+            raise ValueError("it must name columns by role, as in {user: who, item: what, timestamp: when}")
+        return value and json.dumps(value, sort_keys=True)
 
     @field_validator("gca", "published")
     @classmethod
@@ -177,6 +178,16 @@ def run_id(config: RunConfig, data_sha256: str, results_version: int) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice, line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep)
+
+
 class Rule(Settings, frozen=True):
     """Settings of a profile for one model, one pair, or both: those that were found to suit them."""
 
@@ -192,6 +203,13 @@ class Block(Settings, frozen=True):
     pairs: tuple[str, ...] = Field((), description="without any, the profile's pair")
     variants: tuple[dict[str, Any], ...] = Field(({},), min_length=1, description="RunConfig fields, a run each")
     seeds: tuple[int, ...] = Field((), description="without any, the profile's seeds")
+
+    @field_validator("variants")
+    @classmethod
+    def _name_nothing_of_the_block(cls, variants: Any) -> Any:
+        if any({"model", "pair", "seed"} & set(one) for one in variants):
+            raise ValueError("a variant may not hold model, pair or seed: use models, pairs and seeds")
+        return variants
 
 
 class Profile(Settings, frozen=True):
@@ -257,11 +275,11 @@ class Profile(Settings, frozen=True):
             raise ValueError(f"There is no profile {name!r} in {folder}; there are {', '.join(known) or 'none'}.")
         path = folder / f"{name}.yaml"
         try:
-            values = yaml.safe_load(path.read_text()) or {}
+            values = yaml.load(path.read_text(), _Loader) or {}  # noqa: S506 - a safe loader
             profile = cls(**{**values, "profile": name, **overrides})
             names = {*profile.settings, *(name for rule in profile.rules for name in rule.settings)}
-            if names & {"pair", "seed"}:
-                raise ValueError(f"{path}: settings may not hold pair or seed, which a profile names elsewhere.")
+            if names & {"pair", "seed", "model"}:
+                raise ValueError(f"{path}: settings may not hold pair, seed or model, which a profile names elsewhere.")
             for rule in (Rule(settings={}), *profile.rules):
                 profile.config(**rule.model_dump(include={"model", "pair"}, exclude_none=True))
             profile.grid_configs()

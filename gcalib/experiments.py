@@ -260,8 +260,10 @@ def _names(configs: Iterable[RunConfig], runs: RunStore, *, download: bool) -> t
     for config in dict.fromkeys(configs):
         try:
             names[config] = _name(config, runs, download=download and config.pair not in lost)
-        except DataError as error:
+        except NoDataError as error:
             failures[config] = lost.setdefault(config.pair, str(error))
+        except DataError as error:
+            failures[config] = str(error)
     return names, failures
 
 

@@ -81,7 +81,8 @@ class RunStore:
 
     def find(self, config: RunConfig) -> str | None:
         """Id of the run of a config, for machines without the data; ValueError if it is stored on several versions."""
-        ids = {run_id(config, sha256, RESULTS_VERSION) for pair, sha256 in self._data if pair == config.pair}
+        spelt = (config.pair, config.columns, config.shared_ids)
+        ids = {run_id(config, str(sha256), RESULTS_VERSION) for *data, sha256 in self._data if tuple(data) == spelt}
         if len(found := ids.intersection(self.names())) > 1:
             raise ValueError(f"{self.folder} holds this config on several versions of {config.pair}: load the data.")
         return found.pop() if found else None
@@ -93,9 +94,10 @@ class RunStore:
         return pd.DataFrame(rows)
 
     @functools.cached_property
-    def _data(self) -> set[tuple[str, str]]:
-        """Pairs of the stored runs, each with the hash of its data."""
-        return {(record["pair"], record["data_sha256"]) for record in self.records().values()}
+    def _data(self) -> set[tuple[str | None, ...]]:
+        """Pairs of the stored runs as they were spelt, each with the hash of its data."""
+        names = ("pair", "columns", "shared_ids", "data_sha256")
+        return {tuple(record[name] for name in names) for record in self.records().values()}
 
     def _new(self) -> list[str]:
         """Ids of the runs that have a file of their own; a copy that some program made has a longer name."""
@@ -218,7 +220,7 @@ def _sha256(content: Any) -> str:
 def _read_table(path: Path, *version: int) -> pa.Table:
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        if not {"run_id", "results_version"} <= {*table.column_names} and path.stem == "records":
+        if not {"run_id", "results_version" if path.stem == "records" else "epoch"} <= {*table.column_names}:
             raise ValueError("it is not a table of runs")
         return table
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -150,6 +150,18 @@ def test_truth_values_are_no_numbers(field: str, value: object) -> None:
         Profile(profile="x", seeds=[True])
 
 
+def test_what_a_profile_would_overwrite_or_lose_is_refused(tmp_path: Path) -> None:
+    for text, message in {
+        "grid: [{variants: [{model: markov}]}]": "a variant may not hold model, pair or seed: use models",
+        "settings: {model: sasrec}": "settings may not hold pair, seed or model",
+        "settings: {dim: 8}\nsettings: {epochs: 1}": "'settings' is given twice",
+        "settings: {dim: 8, dim: 16}": "'dim' is given twice",
+    }.items():
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Profile.load("x", tmp_path)
+
+
 def test_seeds_given_twice_count_once() -> None:
     assert len(Profile(profile="x", seeds=[0, 0, 1]).configs({}, {"gca": (0,)})) == 4
 
@@ -225,7 +237,7 @@ def test_a_profile_that_does_not_exist_is_answered_with_those_that_do(folder: Pa
         ("settings: {dim: -1}", r"dim: .*greater than or equal to 2"),
         ("settings: {gca: null}", r"gca"),
         ("settings: {dimm: 3}", r"dimm: .* dim, hidden,"),
-        ("settings: {seed: 3}", r"settings may not hold pair or seed"),
+        ("settings: {seed: 3}", r"settings may not hold pair, seed or model"),
         ("- a\n- list", r"Bad parameters|bad\.yaml"),
         ("workers: [", r"bad\.yaml"),
     ],

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from test_data_formats import named, write
 
 import gcalib
-from gcalib.data.frames import read_table, tidy
+from gcalib.data.files import read_table
+from gcalib.data.frames import tidy
 from gcalib.data.pair import DataError, NoDataError, Pair
 from gcalib.data.sources import load_pair, summary
+from gcalib.data.text import item_text
 
 HEADER = "user,item,timestamp\n"
 FOOD = pd.DataFrame(
@@ -45,7 +47,11 @@ def read(folder: Path, text: str | bytes, name: str = "a_csv", columns: dict | N
     """Events of a file as rows."""
     path = write(folder, **{name: text}) / ".".join(name.rsplit("_", 1))
     events, _ = tidy(read_table(path, columns), str(path))
-    return list(events.itertuples(index=False, name=None))
+    return in_seconds(events)
+
+
+def in_seconds(events: pd.DataFrame) -> list[tuple]:
+    return [(user, item, time // 10**6) for user, item, time in events.itertuples(index=False, name=None)]
 
 
 # --- Frames ---------------------------------------------------------------------------------------------------------
@@ -60,10 +66,22 @@ def test_frames_become_a_pair():
 
 
 def test_frames_with_titles():
-    titled = FOOD.assign(title=["Green tea", None, " Oats ", "", "Tea, again", "Salt"])
+    titled = FOOD.assign(title=["Green tea", None, " Oats ", "", "Green tea", "Salt"])
     assert pair_of(titled).titles.by_name == {"tea": "Green tea", "oats": "Oats", "salt": "Salt"}
     assert pair_of().titles is None
     assert pair_of(titled).sha256 != pair_of().sha256
+    stated = pair_of(titled, CUPS.assign(title="A cup"), columns={"timestamp": "timestamp"})
+    assert stated.titles.by_name["cup"] == "A cup"
+
+
+def test_frames_with_titles_of_reviews_are_asked_about():
+    reviews = FOOD.assign(title=["Good", "Bad", "So so", "Fine", "Great", "Good"])
+    with pytest.raises(
+        DataError, match="^events of food: item rice has more than one title; if these are titles of rev"
+    ):
+        pair_of(reviews)
+    first = {"title": "title"}
+    assert pair_of(reviews, CUPS.assign(title="A cup"), columns=first).titles.by_name["tea"] == "Good"
 
 
 def test_frames_with_other_columns_need_them_named():
@@ -106,6 +124,8 @@ def test_frames_with_ids_that_a_missing_value_made_floats():
     whole = FOOD.assign(item=FOOD["item"].map(numbers))
     assert pair_of(whole.assign(item=whole["item"].astype(float))).sha256 == pair_of(whole).sha256
     assert "2" in pair_of(whole).item_names
+    for kind in ("double[pyarrow]", "string"):  # which print 1.0
+        assert pair_of(whole.assign(item=whole["item"].astype(float).astype(kind))).sha256 == pair_of(whole).sha256
 
 
 @pytest.mark.parametrize(
@@ -114,15 +134,65 @@ def test_frames_with_ids_that_a_missing_value_made_floats():
         (["ann", None, 1300000000], "row 7: the item is missing"),
         ([" ", "tea", 1300000000], "row 7: the user is missing"),
         (["ann", "tea", "June"], "row 7: the time 'June' is not a time .a number or an ISO 8601 date"),
-        (["ann", "tea", -5], "row 7: the time -5 is not a time .-1 stands for unknown"),
-        (["ann", "tea", np.inf], "row 7: the time inf is not a time"),
-        (["ann", "tea", 1300000000000], "row 1: the time 1300000000 is not in the unit of the others"),
+        (["ann", "tea", -5], "row 7: the time '-5' is not a time .-1 stands for unknown"),
+        (["ann", "tea", np.inf], "row 7: the time 'inf' is not a time"),
+        (["ann", "tea", 1300000000000], "row 1: the time '1300000000' is not in the unit of the others"),
     ],
 )
 def test_frames_with_a_bad_row(row, message):
     bad = pd.concat([FOOD.astype(object), pd.DataFrame([row], columns=FOOD.columns)])
     with pytest.raises(DataError, match=f"^events of food, {message}"):
         pair_of(bad)
+
+
+def test_frames_with_events_within_a_second_keep_their_order():
+    """Times of milliseconds order the events of both domains; only equal ones are ties."""
+    a = pd.DataFrame(
+        {"user": "u", "item": ["a1", "a2", "a3"], "timestamp": [1300000000100, 1300000000300, 1300000000500]}
+    )
+    b = pd.DataFrame({"user": "u", "item": ["b1", "b2"], "timestamp": [1300000000.2, 1300000000.4]})
+    pair = pair_of(a, b)
+    assert named(pair) == [["a1", "b1", "a2", "b2", "a3"]]
+    assert pair.times.tolist() == [1300000000] * 5
+    assert pair.counts["tied_events"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.set_axis(["user", "item", "user"], axis="columns"), "there are two columns 'user'"),
+        (lambda f: f.iloc[:0], "there is no event"),
+    ],
+)
+def test_frames_that_are_no_events(change, message):
+    frame = change(FOOD)
+    frame = frame if "timestamp" in frame else frame.assign(timestamp=1)
+    with pytest.raises(DataError, match=f"^events of food: {message}"):
+        pair_of(frame)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda f: f.set_index("user"),
+        lambda f: f.astype({"user": "category", "item": "category", "timestamp": "category"}),
+        lambda f: f.astype({"timestamp": "UInt64"}),
+        lambda f: f.convert_dtypes(dtype_backend="pyarrow"),
+    ],
+)
+def test_frames_of_any_make(convert):
+    assert pair_of(convert(FOOD)).sha256 == pair_of().sha256
+
+
+def test_domains_that_would_be_taken_for_one_another_are_refused(tmp_path):
+    for names in (("shop", "shop"), ("B", "A")):
+        with pytest.raises(ValueError, match="which would be taken for one another"):
+            gcalib.pair_from_frames(FOOD, CUPS, names=names)
+    for name, frame in (("food", FOOD), ("cups", CUPS)):
+        (tmp_path / name).mkdir()
+        frame.to_csv(tmp_path / name / "ratings.csv", index=False)
+    paths = [tmp_path / "food" / "ratings.csv", tmp_path / "cups" / "ratings.csv"]
+    assert load_pair(paths, min_per_domain=2).domains == ("food", "cups")
 
 
 def test_frames_without_some_times_lose_these_events_and_count_them():
@@ -154,6 +224,9 @@ def test_numbers_in_both_domains_are_asked_about():
     assert [len(sequence) for sequence in named(distinct)] == [5, 4]
     with pytest.raises(DataError, match="no event of food is left"):
         pair_of(a, b, shared_ids="drop")
+    titled = [frame.assign(title=letter + frame["item"].astype(str)) for letter, frame in (("a", a), ("b", b))]
+    texts = item_text(pair_of(*titled, shared_ids="distinct")).texts
+    assert list(texts) == ["a1", "a2", "a4", "b1", "b2", "b3"]
     with pytest.raises(ValueError, match="shared_ids='both' is unknown"):
         pair_of(a, b, shared_ids="both")
 
@@ -227,7 +300,7 @@ def test_tables_of_the_usual_forms(tmp_path, name, text, packing):
             packed.write(path, path.name)
         path = path.with_name(path.name + packing)
     events, titles = tidy(read_table(path), "here")
-    assert list(events.itertuples(index=False, name=None)) == EVENTS
+    assert in_seconds(events) == EVENTS
     assert titles == {}  # what reviews of 2023 name title is the review's
 
 
@@ -260,6 +333,8 @@ def test_tables_without_a_header_need_numbers_of_columns(tmp_path):
         (HEADER + "u,i,5,9\n", "a_csv", "a.csv: .* does not match length of data"),
         (HEADER + "u,i,5\nu,,6\n", "a_csv", "a.csv, row 2: the item is missing"),
         (HEADER + "u,i,5\nv,j,soon\n", "a_csv", "a.csv, row 2: the time 'soon' is not a time"),
+        ('user\titem\tnote\ttimestamp\nu\ti\tok\t5\nu\tj\t"Best\t6\nu\tk\tx"\t7\n', "a_tsv", "a.tsv: row 2 has a quot"),
+        ('[{"user": "u", "item": "i", "timestamp": 5}]', "a_json", "a.json: cannot be read as one object a line"),
         (b"\xff\xfeuser", "a_csv", "a.csv: is not UTF-8 text"),
         (b"\x1f\x8bgarbage", "a.csv_gz", "a.csv.gz: cannot be unpacked"),
         (gzip.compress(b"user,item,timestamp\nu,i,5\n" * 99)[:-12], "a.csv_gz", "a.csv.gz: cannot be unpacked"),
@@ -282,6 +357,28 @@ def test_missing_and_ambiguous_files_are_named(tmp_path):
         load_pair(folder)
     with pytest.raises(NoDataError, match="b.csv is missing"):
         load_pair(f"{folder}/a.csv + {folder}/b.csv")
+
+
+def test_paths_with_a_plus_and_large_endings(tmp_path):
+    folder = tmp_path / "R+D"
+    folder.mkdir()
+    FOOD.to_csv(folder / "A.CSV", index=False)
+    CUPS.to_csv(folder / "B.CSV", index=False)
+    both = [load_pair(path, min_per_domain=2) for path in (folder, f"{folder}/A.CSV + {folder}/B.CSV")]
+    assert [named(pair) for pair in both] == [SEQUENCES, SEQUENCES]
+
+
+@pytest.mark.parametrize("columns", ["who", ["who", "what", "when"]])
+def test_columns_that_name_no_roles_are_refused(columns):
+    for use in (lambda: pair_of(columns=columns), lambda: gcalib.RunConfig(pair="x", columns=columns)):
+        with pytest.raises(ValueError, match="must name columns by role"):
+            use()
+
+
+@pytest.mark.parametrize("value", [True, 2.5, "two"])
+def test_options_that_are_no_whole_numbers_are_refused(value):
+    with pytest.raises(ValueError, match="min_events_per_item=.* must be a whole number, 1 or more"):
+        pair_of(min_events_per_item=value)
 
 
 def test_folder_and_two_paths_are_one_pair(tmp_path):

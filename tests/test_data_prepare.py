@@ -169,8 +169,8 @@ def test_match_lets_in_a_fixed_sample_of_users_of_one_domain():
     ("options", "message"),
     [
         ({"ties": "random"}, "ties='random' is unknown; it may be shuffle or published"),
-        ({"max_length": 3}, "max_length=3 must be 4 or more"),
-        ({"min_per_domain": -1}, "min_per_domain=-1 must be 0"),
+        ({"max_length": 3}, "max_length=3 must be a whole number, 4 or more"),
+        ({"min_per_domain": -1}, "min_per_domain=-1 must be a whole number, 0"),
     ],
 )
 def test_options_out_of_range(options, message):

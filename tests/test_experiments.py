@@ -192,6 +192,19 @@ def test_files_that_changed_are_another_pair(tmp_path: Path, monkeypatch: pytest
     assert run(config, tmp_path / "store")["run_id"] == first["run_id"]
 
 
+def test_run_of_other_columns_is_not_taken_where_the_data_is_elsewhere(tmp_path: Path) -> None:
+    folder = own_data(tmp_path / "shop")
+    for name in "ab":
+        table = pd.read_csv(folder / f"{name}.csv")
+        table.assign(family=table["item"].str[:2]).to_csv(folder / f"{name}.csv", index=False)
+    config = counted().replace(pair=str(folder), min_per_domain=0)
+    stored = run(config, tmp_path / "store")
+    folder.rename(tmp_path / "gone")
+    assert run(config, tmp_path / "store") == stored
+    with pytest.raises(NoDataError, match="shop"):
+        run(config.replace(columns={"item": "family"}), tmp_path / "store")
+
+
 def test_committed_runs_ask_for_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCALIB_DATA", str(tmp_path))
     monkeypatch.setattr(sources.pooch, "retrieve", never)

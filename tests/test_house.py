@@ -44,7 +44,7 @@ def test_budget_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     results = tracked("results")
     rows = {
         "lines of the core": (sum(count for name, count in lines.items() if CORE.fullmatch(name)), 3235),
-        "lines of the package": (sum(lines.values()), 7560),
+        "lines of the package": (sum(lines.values()), 7660),
         "Python files of the package": (len(lines), 42),
         "files above 320 lines": (len(long), 0),
         "results/ in MB": (sum(path.stat().st_size for path in results) / 1e6, 6.0),

@@ -47,6 +47,7 @@ class Titles:
     by_name: dict[str, str]
     source: str = "titles"  # what they are, as records name it
     from_file: bool = False  # else they follow from what the events follow from
+    of_b: dict[str, str] | None = None  # where an id means another item in domain B
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +150,7 @@ class Pair:
             digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         if self.titles is not None and self.titles.from_file:
             digest.update(json.dumps(sorted(self.titles.by_name.items())).encode())
+            digest.update(json.dumps(sorted(self.titles.of_b.items())).encode() if self.titles.of_b else b"")
         return digest.hexdigest()
 
     def sequence(self, user: int) -> np.ndarray:

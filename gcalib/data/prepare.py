@@ -47,8 +47,9 @@ class Options:
         if self.shared_ids not in (None, "drop", "distinct"):
             raise ValueError(f"shared_ids={self.shared_ids!r} is unknown; it may be drop or distinct.")
         for name, least in (("max_length", MIN_EVENTS), ("min_per_domain", 0), ("min_events_per_item", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name}={value!r} must be {least} or more.")
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,12 @@ class Events:
     has_global_order: bool  # whether the times order each user's events across both domains
     matched: bool = False  # by `match`: items without events are still to be taken out
     counts: dict[str, int] = field(default_factory=dict)  # what was dropped so far
+    per_second: int = 1  # units of time in a second: events within one are in order too
 
 
-def match(a: pd.DataFrame, b: pd.DataFrame, one_domain: int | None = 0, shared_ids: str | None = None) -> Events:
+def match(
+    a: pd.DataFrame, b: pd.DataFrame, one_domain: int | None = 0, shared_ids: str | None = None, per_second: int = 1
+) -> Events:
     """The steps up to `events_of_items_in_both_domains`, for the events of two domains with raw ids.
 
     Users, and the items of each domain, are numbered in the order of their raw ids. With times the two
@@ -111,11 +115,11 @@ def match(a: pd.DataFrame, b: pd.DataFrame, one_domain: int | None = 0, shared_i
     }
     if not has_global_order:
         table = table.iloc[np.lexsort((table["item"] > size, table["user"]))]
-        return Events(table, np.concatenate([names, names]), (size, size), False, True, counts)
+        return Events(table, np.concatenate([names, names]), (size, size), False, True, counts, per_second)
     ends = table.groupby(table["item"] > size)["time"].agg(["min", "max"])
     if len(ends) == 2 and ends["max"].min() < ends["min"].max():
         log.warning("All events of one domain are earlier than all of the other: are their times in one unit?")
-    return Events(table, np.concatenate([names, names]), (size, size), True, True, counts)
+    return Events(table, np.concatenate([names, names]), (size, size), True, True, counts, per_second)
 
 
 def clean(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -156,12 +160,14 @@ def finish(events: Events, name: str, domains: tuple[str, str], options: Options
     counts["users_below_minimum"] = len(users) - len(np.unique(user))
     if not (in_domain := np.bincount(item > size_a, minlength=2)).all():
         dropped = ", ".join(f"{key} {number}" for key, number in counts.items() if number) or "nothing was dropped"
+        advice = f"Lower min_per_domain{' or min_events_per_item' if options.min_events_per_item > 1 else ''}"
         needs = f"users need {least} events in each domain, {MIN_EVENTS} in all ({dropped})"
-        raise DataError(f"{name}: no event of {domains[in_domain.argmin()]} is left; {needs}. Lower min_per_domain?")
+        raise DataError(f"{name}: no event of {domains[in_domain.argmin()]} is left; {needs}. {advice}?")
     names, num_items = events.item_names, events.num_items
     if events.matched:
         used, item = np.unique(item, return_inverse=True)
         item, names = 1 + item, names[used - 1]
         num_items = int((used <= size_a).sum()), int((used > size_a).sum())
     offsets = np.cumsum([0, *np.unique(user, return_counts=True)[1]])
+    time = time // events.per_second  # unknown times stay -1
     return Pair(name, domains, item, time, offsets, num_items, events.has_global_order, counts, names, titles)

@@ -4,7 +4,7 @@ Published pairs (`pairs.yaml`) are read from the folder named by the environment
 from the user's cache, into which pooch downloads what is public. Every file is checked against its hash before it is
 parsed.
 
-One's own data is read in `gcalib.data.frames`.
+One's own data is read in `gcalib.data.files`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import requests
 import yaml
 from pydantic import TypeAdapter
 
+from gcalib.data.files import files_of, pair_from_files
 from gcalib.data.formats import fault, read_bytes, read_prepared, read_sequences
-from gcalib.data.frames import Columns, files_of, pair_from_files
+from gcalib.data.frames import Columns
 from gcalib.data.pair import DataError, NoDataError, Pair
 from gcalib.data.prepare import STEPS, Options, finish, match
 from gcalib.data.synthetic import parse_name, synthetic_pair
@@ -121,7 +122,7 @@ def stamp(name_or_path: str | Path) -> tuple[tuple[str, int, int], ...]:
     name = str(name_or_path)
     if name.partition(":")[0] == "synthetic":
         return ()
-    paths = map(place, PAIRS[name].files) if name in PAIRS else files_of(name_or_path)
+    paths = map(place, PAIRS[name].files) if name in PAIRS else files_of(name_or_path, ("synthetic", *PAIRS))
     found = [path.resolve() for path in paths if path.is_file()]
     return tuple((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in found)
 

@@ -96,7 +96,8 @@ def item_text(pair: Pair) -> ItemText:
     names = list(range(1, 1 + sum(pair.num_items)) if pair.item_names is None else pair.item_names)
     tables: list[dict[str, dict[str, str]]] = [{}, {}]  # of each domain: texts by kind, the best first
     if pair.titles is not None:
-        tables = [{pair.titles.source: pair.titles.by_name}] * 2
+        titles = pair.titles
+        tables = [{titles.source: titles.by_name}, {titles.source: titles.of_b or titles.by_name}]
     elif pair.name in PAIRS:
         tables = [{file.kind: read_titles(locate(file, pair.name)) for file in own} for own in PAIRS[pair.name].texts]
     texts: list[str | None] = []
